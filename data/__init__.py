@@ -1,0 +1,9 @@
+"""The tasks. A new puzzle is one new file and one new line in TASKS.
+
+A task has: name, sizes, default_size, vocab_size, seq_len, prompt_len (0: no prompt), floor_nats
+(entropy of the answer given the prompt, None where unknown), batch(n, rng, split) -> int64
+(n, seq_len), correct(tokens) -> bool (n,), show(tokens) -> str.
+"""
+from data.sudoku import Sudoku
+
+TASKS = {task.name: task for task in (Sudoku,)}

@@ -1,0 +1,110 @@
+"""Sudoku: every row, column and box holds every digit once.
+
+Two tasks share the rules. `sudoku` generates a valid board from nothing; `sudoku-puzzle`
+completes a puzzle that has exactly one solution. Sides 4 (boxes 2x2), 6 (2x3) and 9 (3x3).
+
+Sides 4 and 6 are exactly uniform over all 288 and 28,200,960 boards: the boards with first row
+0 1 2 ... are enumerated, one is drawn, and its digits are renamed at random. Side 9 is not
+exactly uniform: it starts from 20,000 boards that survive a random pruning of the same
+enumeration, and applies the symmetries of the grid to them.
+"""
+import math
+
+import numpy as np
+
+BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}                                     # rows, columns of a box
+BOARDS = {4: 288, 6: 28_200_960, 9: 6_670_903_752_021_072_936_960}    # Felgenhauer & Jarvis (2006)
+GIVENS = {4: (4, 8), 6: (10, 18), 9: (28, 40)}                           # fewest, most in a puzzle
+
+
+def units(side):
+    """The 3 * side rows, columns and boxes, each as its `side` cell indices: (3 * side, side)."""
+    cell = np.arange(side * side).reshape(side, side)
+    high, wide = BOX[side]
+    boxes = cell.reshape(side // high, high, side // wide, wide).swapaxes(1, 2)
+    return np.concatenate([cell, cell.T, boxes.reshape(side, side)])
+
+
+def fill(side, keep=None, rng=None):
+    """All boards with first row 0 1 2 ..., (n, side * side): a breadth-first search that fills one
+    cell in all partial boards at once. With `keep`, a random `keep` of them survive each cell."""
+    boards = np.arange(side, dtype=np.int8)[None]
+    for cell in range(side, side * side):
+        seen = np.unique(units(side)[(units(side) == cell).any(1)])
+        used = boards[:, seen[seen < cell], None] == np.arange(side, dtype=np.int8)
+        parent, digit = (~used.any(1)).nonzero()
+        if keep and len(parent) > keep:
+            chosen = rng.choice(len(parent), keep, replace=False)
+            parent, digit = parent[chosen], digit[chosen]
+        boards = np.concatenate([boards[parent], digit[:, None].astype(np.int8)], axis=1)
+    return boards
+
+
+def held_out(boards, side):
+    """Which boards, (n, side * side) digits, belong to the test split: about one in ten, by a hash
+    of the board with its first row renamed to 0 1 2 ..., so that renaming digits changes nothing.
+    """
+    renamed = np.take_along_axis(boards[:, :side].argsort(1), boards.astype(np.int64), axis=1)
+    weights = np.random.default_rng(0).integers(2**63, size=side * side, dtype=np.uint64)
+    return (renamed.astype(np.uint64) @ weights >> np.uint64(32)) % np.uint64(10) == 0
+
+
+class Sudoku:
+    """Generate a valid board from nothing: no prompt, an answer of side * side digits."""
+
+    name, prompt_len = "sudoku", 0
+    sizes, default_size = ("4", "6", "9"), "6"
+
+    def __init__(self, size=default_size):
+        self.side = int(size)
+        self.vocab_size = self.side
+        self.seq_len = self.side**2
+        self.floor_nats = math.log(BOARDS[self.side])
+        self.units = units(self.side)
+        boards = fill(self.side, 20_000 if self.side == 9 else None, np.random.default_rng(0))
+        test = held_out(boards, self.side)
+        self.pool = {"train": boards[~test], "test": boards[test]}
+        if self.side == 9:                      # the symmetries move boards from split to split
+            self.pool = {"train": boards, "test": boards}
+
+    def batch(self, n, rng, split):
+        """n boards of a split, int64 (n, side * side), drawn with the numpy generator `rng`."""
+        boards = self.pool[split][rng.integers(len(self.pool[split]), size=n)]
+        if self.side == 9:
+            boards = self._symmetry(boards, rng)
+            right = boards[held_out(boards, 9) == (split == "test")]
+            boards = right if len(right) == n else np.concatenate(
+                [right, self.batch(n - len(right), rng, split)])
+        names = rng.random((n, self.side)).argsort(1)
+        return np.take_along_axis(names, boards.astype(np.int64), axis=1)
+
+    def _symmetry(self, boards, rng):
+        """Shuffle the bands, and the rows in each band; transpose; and the same once more."""
+        n = len(boards)
+        for _ in range(2):
+            bands, inside = rng.random((n, 3, 1)).argsort(1), rng.random((n, 3, 3)).argsort(2)
+            rows = (3 * bands + inside).reshape(n, 9, 1)
+            boards = np.take_along_axis(boards.reshape(n, 9, 9), rows, axis=1).swapaxes(1, 2)
+        flip = rng.random((n, 1, 1)) < 0.5
+        return np.where(flip, boards.swapaxes(1, 2), boards).reshape(n, 81)
+
+    def correct(self, tokens):
+        """Which rows of tokens, (n, seq_len), are right by the rules alone: bool (n,)."""
+        board = tokens[:, -self.side**2:]
+        return (np.sort(board[:, self.units], axis=2) == np.arange(self.side)).all((1, 2))
+
+    def held_out(self, tokens):
+        """Which of these valid boards are not in the training split: bool (n,)."""
+        return held_out(tokens[:, -self.side**2:], self.side)
+
+    def show(self, tokens):
+        """One row of tokens, (seq_len,), as a grid for a terminal; what is no digit is a dot."""
+        high, wide = BOX[self.side]
+        text = [str(t + 1) if 0 <= t < self.side else "." for t in tokens[-self.side**2:]]
+        lines = []
+        for r in range(self.side):
+            row = text[r * self.side:(r + 1) * self.side]
+            lines.append(" | ".join(" ".join(row[c:c + wide]) for c in range(0, self.side, wide)))
+            if (r + 1) % high == 0 and r + 1 < self.side:
+                lines.append("-" * len(lines[-1]))
+        return "\n".join(lines)
