@@ -1,0 +1,78 @@
+"""Train autoregressive models, without and with latent tokens, and sweep their number.
+
+    AR       next-token prediction: no latent tokens
+    MTP      multi-token prediction: a window of masked tokens, the first of which is decoded and
+             the others are latent; with a random window one model serves every window
+    control  the same window, but only its first token is trained
+
+`python train_ar.py` does it for the generation of 6x6 Sudoku boards.
+"""
+from functools import partial
+
+import latent
+from data import TASKS
+
+
+def flags():
+    parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "control"], ["ar", "mtp"])
+    parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
+                        help="windows to train MTP and the control with, one model for each: "
+                        "random (1, 2, 4, ... or all, drawn for each batch), a number, or all")
+    return parser
+
+
+def window(text):
+    return text if text == "random" else latent.count_or_all(1)(text)
+
+
+def jobs(args):
+    windows = [args.answer_len if w == "all" else w for w in args.windows]
+    for w in windows:
+        if w != "random" and w > args.answer_len:
+            raise latent.RunError(f"--windows: 1 to {args.answer_len}, all or random, not {w}")
+    return [{"system": system, "window": w, "seed": seed} for seed in args.seeds
+            for system in args.systems for w in ([None] if system == "ar" else windows)]
+
+
+def experiment(args, job, bar_position):
+    """Train one system with one seed, then evaluate it with every number of latent tokens."""
+    task = TASKS[args.task](args.size)
+    model = latent.new_model(task, args, job["seed"])
+    A = args.answer_len
+    windows = [2**i for i in range(A.bit_length()) if 2**i < A] + [A]
+    if job["window"] == "random":
+        sweep = args.latents
+    else:
+        windows = [job["window"] or 0]
+        sweep = [max(0, windows[0] - 1)]
+
+    def objective(tokens, rng):
+        if job["system"] == "ar":
+            return latent.next_token(tokens, task.prompt_len, model.mask)
+        return latent.multi_token(tokens, task.prompt_len, model.mask, rng, rng.choice(windows),
+                                  loss_on_window=job["system"] == "mtp")
+
+    def decode(tokens, n_latent, generator):
+        window = 0 if job["system"] == "ar" else n_latent + 1
+        return latent.decode_left_to_right(model, tokens, task.prompt_len, window, args.greedy,
+                                           generator)
+
+    def nats(tokens, rng, n_latent):
+        if job["system"] == "ar":
+            return latent.next_token_nats(model, tokens, task.prompt_len)
+        return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1)
+
+    def probe():
+        return latent.solve(task, args, 64, job["seed"], "train",
+                            partial(decode, n_latent=sweep[-1]))[1].mean()
+
+    minutes = latent.train(model, objective, task, args, job, probe, bar_position)
+    return [latent.evaluate(task, model, args, job, n_latent, None,
+                            partial(decode, n_latent=n_latent),
+                            latent.held_out_mean(task, args, job["seed"],
+                                                 partial(nats, n_latent=n_latent)), minutes)
+            for n_latent in sweep]
+
+
+if __name__ == "__main__":
+    latent.main(flags(), TASKS, jobs, experiment)

@@ -1,0 +1,58 @@
+"""Train masked diffusion models and sweep the number of latent tokens.
+
+    MDM   joint prediction: all masked tokens see each other, all that are not decoded are latent
+    SIDM  independent prediction: no latent tokens
+    SCDM  semi-causal: one model, any number of latent tokens
+
+`python train_diffusion.py` does it for the generation of 6x6 Sudoku boards.
+"""
+from functools import partial
+
+import latent
+from data import TASKS
+
+
+def flags():
+    systems = ["mdm", "sidm", "scdm"]
+    parser = latent.common_flags(__doc__, TASKS, systems, systems)
+    parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
+                        help="decode the most certain of some candidates, or a random position")
+    parser.add_argument("--candidates", type=latent.at_least(1), default=8,
+                        help="random positions to choose from in top-prob order")
+    return parser
+
+
+def jobs(args):
+    return [{"system": system, "window": None, "seed": seed}
+            for seed in args.seeds for system in args.systems]
+
+
+def experiment(args, job, bar_position):
+    """Train one system with one seed, then evaluate it with every number of latent tokens."""
+    task, kind, everything = TASKS[args.task](args.size), latent.KIND[job["system"]], args.answer_len - 1
+    sweep = {"mdm": [everything], "sidm": [0], "scdm": args.latents}[job["system"]]
+    model = latent.new_model(task, args, job["seed"])
+
+    def objective(tokens, rng):
+        return latent.diffusion(tokens, task.prompt_len, model.mask, rng)
+
+    def decode(tokens, n_latent, generator):
+        candidates = args.candidates if args.order == "top-prob" else 1
+        return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
+                                       args.greedy, generator)
+
+    def probe():
+        return latent.solve(task, args, 64, job["seed"], "train",
+                            partial(decode, n_latent=sweep[-1]))[1].mean()
+
+    minutes = latent.train(model, objective, task, args, job, probe, bar_position)
+    table = latent.held_out_mean(task, args, job["seed"], lambda tokens, rng: latent.diffusion_table(
+        model, tokens, task.prompt_len, kind, rng))
+    return [latent.evaluate(task, model, args, job, n_latent, args.order,
+                            partial(decode, n_latent=n_latent),
+                            latent.diffusion_nats(table, kind, n_latent), minutes)
+            for n_latent in sweep]
+
+
+if __name__ == "__main__":
+    latent.main(flags(), TASKS, jobs, experiment)
