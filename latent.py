@@ -296,7 +296,7 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
 
 # 6. training ----------------------------------------------------------------------------------
 
-OF_THE_MODEL = ("task", "size", "steps", "batch_size", "lr", "layers", "heads", "width")
+OF_THE_MODEL = ("task", "size", "givens", "steps", "batch_size", "lr", "layers", "heads", "width")
 STOP = threading.Event()         # set by Ctrl-C: every training ends after its step and is saved
 
 
@@ -369,7 +369,7 @@ def train(model, objective, task, args, job, probe, bar_position=0):
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
                 raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at step "
                                f"{step}, learning rate {group['lr']:.2g}; {last}")
-            accuracy = probe() if probing else accuracy
+            accuracy = float(probe()) if probing else accuracy
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.0%}")
         if saving:
             saved_at, is_best, best = time.time(), accuracy > best, max(best, accuracy)
@@ -455,6 +455,8 @@ def common_flags(description, tasks, systems, default_systems):
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     flag("--task", default="sudoku", choices=list(tasks), help="the puzzle")
     flag("--size", help=f"its size and [default]: {sizes}")
+    flag("--givens", nargs=2, type=at_least(0), metavar=("FEWEST", "MOST"),
+         help="sudoku-puzzle: how many digits a puzzle shows")
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
@@ -478,8 +480,8 @@ def common_flags(description, tasks, systems, default_systems):
 
 
 def prepare(args, parser, tasks, make_jobs):
-    """Complete and check the flags before any work is done. Returns the jobs: which models to
-    train, each a dict of system, window and seed."""
+    """Complete and check the flags before any work is done. Returns the task and the jobs: which
+    models to train, each a dict of system, window and seed."""
     if args.checkpoint:                                  # the model's settings are its checkpoint's
         saved = load(args.checkpoint)
         systems = next(a.choices for a in parser._actions if a.dest == "systems")
@@ -487,20 +489,23 @@ def prepare(args, parser, tasks, make_jobs):
             raise RunError(f"--checkpoint: {args.checkpoint} holds {saved['job']['system']}; this "
                            f"script evaluates {', '.join(systems)}")
         vars(args).update(saved["settings"])
-    task = tasks[args.task]
-    args.size = args.size or task.default_size
-    if args.size not in task.sizes:
-        raise RunError(f"--size: {args.task} comes in {', '.join(task.sizes)}, not {args.size}")
+    if args.size not in (None, *tasks[args.task].sizes):
+        raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}, not "
+                       f"{args.size}")
+    args.size = args.size or tasks[args.task].default_size
+    try:
+        task = tasks[args.task](args.size, **({"givens": args.givens} if args.givens else {}))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"--givens: {error}") from None
     if args.width % args.heads:
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     args.device = choose_device(args.device)
-    args.answer_len = task(args.size).seq_len - task(args.size).prompt_len
-    most = args.answer_len - 1
+    most = task.seq_len - task.prompt_len - 1
     args.latents = args.latents or [0, *(2**i for i in range(most.bit_length() - 1)), most]
     args.latents = sorted({most if k == "all" else k for k in args.latents})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
-    jobs = [saved["job"]] if args.checkpoint else make_jobs(args)
+    jobs = [saved["job"]] if args.checkpoint else make_jobs(task, args)
 
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
     try:
@@ -516,38 +521,35 @@ def prepare(args, parser, tasks, make_jobs):
     if there and not args.resume and not args.checkpoint:
         raise RunError(f"--out: {args.out} has checkpoints of {', '.join(there)}; go on from them "
                        f"with --resume, or choose another folder")
-    return jobs
+    return task, jobs
 
 
-def run(args, jobs, experiment):
-    """Run experiment(args, job, bar_position) -> records for every job. On a CPU as many jobs as
-    there are cores run side by side, in threads: one small model cannot keep two cores busy."""
+def run(args, task, jobs, experiment):
+    """Run experiment(task, args, job, bar_position) for every job; merge its records into results.json.
+    On a CPU the jobs run side by side, in threads: a small model cannot keep several cores busy."""
     results, cores = read_results(args.out), torch.get_num_threads()
-    width = args.jobs or (cores if args.device == "cpu" else 1)
-    for i in range(0, len(jobs), width):
-        side_by_side = jobs[i:i + width]
-        torch.set_num_threads(max(1, cores // len(side_by_side)))
-        with concurrent.futures.ThreadPoolExecutor(width) as pool:
-            futures = [pool.submit(experiment, args, *job) for job in zip(side_by_side, range(width))]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    new = future.result()
-                    keys = [record_key(r) for r in new]
-                    results = [r for r in results if record_key(r) not in keys] + new
-                    results.sort(key=record_key)
-                    text = json.dumps(results, indent=1)
-                    write(args.out / "results.json", lambda file: file.write_text(text))
-            except BaseException:
-                STOP.set()                                     # the neighbours save and end, too
-                raise
-    return results
+    width = min(len(jobs), args.jobs or (2 * cores if args.device == "cpu" else 1))
+    torch.set_num_threads(max(1, cores // width))
+    with concurrent.futures.ThreadPoolExecutor(width) as pool:
+        futures = [pool.submit(experiment, task, args, job, i % width) for i, job in enumerate(jobs)]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                new = {record_key(r): r for r in future.result()}
+                results = [*(r for r in results if record_key(r) not in new), *new.values()]
+                results.sort(key=record_key)
+                text = json.dumps(results, indent=1)
+                write(args.out / "results.json", lambda file: file.write_text(text))
+        except BaseException:
+            STOP.set()                                         # the neighbours save and end, too
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(parser, tasks, make_jobs, experiment):
     """The main function of both scripts."""
     args, status = parser.parse_args(), 0
     try:
-        run(args, prepare(args, parser, tasks, make_jobs), experiment)
+        run(args, *prepare(args, parser, tasks, make_jobs), experiment)
     except KeyboardInterrupt:
         status = 130
     except RunError as error:
@@ -570,14 +572,14 @@ def new_model(task, args, seed):
 
 def solve(task, args, n, seed, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split, at
-    most 512 at a time. Returns filled (n, T), which are right (n,), and forward_tokens."""
+    most 128 at a time. Returns filled (n, T), which are right (n,), and forward_tokens."""
     rng = np.random.default_rng((seed, 2**32))               # training uses (seed, step) up to here
     generator = torch.Generator(args.device).manual_seed(seed)
     batches = []
-    for i in range(0, n, 512):
+    for i in range(0, n, 128):
         if STOP.is_set():
             raise KeyboardInterrupt
-        tokens = torch.from_numpy(task.batch(min(512, n - i), rng, split)).to(args.device)
+        tokens = torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
         filled, forward_tokens = decode(tokens, generator=generator)
         batches.append(filled.cpu().numpy())
     filled = np.concatenate(batches)
@@ -587,8 +589,8 @@ def solve(task, args, n, seed, split, decode):
 def held_out_mean(task, args, seed, measure):
     """The mean of measure(tokens, rng), a number or a tensor, over --samples held-out puzzles."""
     rng, total = np.random.default_rng((seed, 2**32 + 1)), 0.0
-    for i in range(0, args.samples, 512):
-        tokens = torch.from_numpy(task.batch(min(512, args.samples - i), rng, "test"))
+    for i in range(0, args.samples, 128):
+        tokens = torch.from_numpy(task.batch(min(128, args.samples - i), rng, "test"))
         total += measure(tokens.to(args.device), rng) * len(tokens) / args.samples
     return total
 
@@ -624,7 +626,7 @@ def read_results(folder):
 
 def record_key(record):
     """What tells the records of one folder apart."""
-    return [str(record[x]) for x in ("system", "window", "order", "greedy", "n_latent", "seed")]
+    return tuple(str(record[x]) for x in ("system", "window", "order", "greedy", "n_latent", "seed"))
 
 
 def summary(results):

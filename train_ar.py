@@ -25,21 +25,21 @@ def window(text):
     return text if text == "random" else latent.count_or_all(1)(text)
 
 
-def jobs(args):
-    windows = [args.answer_len if w == "all" else w for w in args.windows]
+def jobs(task, args):
+    most = task.seq_len - task.prompt_len
+    windows = [most if w == "all" else w for w in args.windows]
     for w in windows:
-        if w != "random" and w > args.answer_len:
-            raise latent.RunError(f"--windows: 1 to {args.answer_len}, all or random, not {w}")
+        if w != "random" and w > most:
+            raise latent.RunError(f"--windows: 1 to {most}, all or random, not {w}")
     return [{"system": system, "window": w, "seed": seed} for seed in args.seeds
             for system in args.systems for w in ([None] if system == "ar" else windows)]
 
 
-def experiment(args, job, bar_position):
+def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
-    task = TASKS[args.task](args.size)
     model = latent.new_model(task, args, job["seed"])
-    A = args.answer_len
-    windows = [2**i for i in range(A.bit_length()) if 2**i < A] + [A]
+    most = task.seq_len - task.prompt_len
+    windows = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
     if job["window"] == "random":
         sweep = args.latents
     else:

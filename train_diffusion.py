@@ -22,15 +22,15 @@ def flags():
     return parser
 
 
-def jobs(args):
+def jobs(task, args):
     return [{"system": system, "window": None, "seed": seed}
             for seed in args.seeds for system in args.systems]
 
 
-def experiment(args, job, bar_position):
+def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
-    task, kind, everything = TASKS[args.task](args.size), latent.KIND[job["system"]], args.answer_len - 1
-    sweep = {"mdm": [everything], "sidm": [0], "scdm": args.latents}[job["system"]]
+    kind, most = latent.KIND[job["system"]], task.seq_len - task.prompt_len - 1
+    sweep = {"mdm": [most], "sidm": [0], "scdm": args.latents}[job["system"]]
     model = latent.new_model(task, args, job["seed"])
 
     def objective(tokens, rng):

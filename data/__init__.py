@@ -4,6 +4,6 @@ A task has: name, sizes, default_size, vocab_size, seq_len, prompt_len (0: no pr
 (entropy of the answer given the prompt, None where unknown), batch(n, rng, split) -> int64
 (n, seq_len), correct(tokens) -> bool (n,), show(tokens) -> str.
 """
-from data.sudoku import Sudoku
+from data.sudoku import Sudoku, SudokuPuzzle
 
-TASKS = {task.name: task for task in (Sudoku,)}
+TASKS = {task.name: task for task in (Sudoku, SudokuPuzzle)}

@@ -5,8 +5,8 @@ completes a puzzle that has exactly one solution. Sides 4 (boxes 2x2), 6 (2x3) a
 
 Sides 4 and 6 are exactly uniform over all 288 and 28,200,960 boards: the boards with first row
 0 1 2 ... are enumerated, one is drawn, and its digits are renamed at random. Side 9 is not
-exactly uniform: it starts from 20,000 boards that survive a random pruning of the same
-enumeration, and applies the symmetries of the grid to them.
+exactly uniform: it starts from the 3,044 boards that survive a random pruning of the same search
+to 20,000 partial boards a cell, and applies the symmetries of the grid to them.
 """
 import math
 
@@ -14,7 +14,7 @@ import numpy as np
 
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}                                     # rows, columns of a box
 BOARDS = {4: 288, 6: 28_200_960, 9: 6_670_903_752_021_072_936_960}    # Felgenhauer & Jarvis (2006)
-GIVENS = {4: (4, 8), 6: (10, 18), 9: (28, 40)}                           # fewest, most in a puzzle
+GIVENS = {4: (4, 8), 6: (10, 18), 9: (28, 40)}                  # fewest and most in a puzzle
 
 
 def units(side):
@@ -72,9 +72,9 @@ class Sudoku:
         boards = self.pool[split][rng.integers(len(self.pool[split]), size=n)]
         if self.side == 9:
             boards = self._symmetry(boards, rng)
-            right = boards[held_out(boards, 9) == (split == "test")]
-            boards = right if len(right) == n else np.concatenate(
-                [right, self.batch(n - len(right), rng, split)])
+            boards = boards[held_out(boards, 9) == (split == "test")]
+            if len(boards) < n:
+                boards = np.concatenate([boards, Sudoku.batch(self, n - len(boards), rng, split)])
         names = rng.random((n, self.side)).argsort(1)
         return np.take_along_axis(names, boards.astype(np.int64), axis=1)
 
@@ -108,3 +108,63 @@ class Sudoku:
             if (r + 1) % high == 0 and r + 1 < self.side:
                 lines.append("-" * len(lines[-1]))
         return "\n".join(lines)
+
+
+class SudokuPuzzle(Sudoku):
+    """Complete a puzzle that has exactly one solution. The prompt is the grid with blanks (token
+    `side`), the answer the whole grid. Every puzzle can be solved with two deductions alone, a cell
+    with one digit left and a digit with one cell left in its row, column or box, which proves that
+    its solution is the only one."""
+
+    name, default_size = "sudoku-puzzle", "6"
+
+    def __init__(self, size=default_size, givens=None):
+        super().__init__(size)
+        self.givens = givens or GIVENS[self.side]
+        if not 0 <= self.givens[0] <= self.givens[1] <= self.side**2:
+            raise ValueError(f"givens: from 0 to {self.side**2}, fewest first")
+        self.vocab_size = self.side + 1
+        self.prompt_len = self.side**2
+        self.seq_len = 2 * self.side**2
+        self.floor_nats = 0.0
+        cell_in_unit = (np.arange(self.side**2)[:, None, None] == self.units).any(2)
+        self.member = cell_in_unit.astype(np.float32)                        # (cells, 3 * side)
+        self.peer = self.member @ self.member.T > 0
+        np.fill_diagonal(self.peer, False)
+
+    def batch(self, n, rng, split):
+        """n puzzles with their solutions, int64 (n, 2 * side * side)."""
+        boards = Sudoku.batch(self, n, rng, split)
+        order = rng.random(boards.shape).argsort(1)            # cells are given in this order
+        given = self._solvable(boards, order, rng.integers(*self.givens, n, endpoint=True))
+        puzzles = np.concatenate([np.where(given, boards, self.side), boards], axis=1)
+        puzzles = puzzles[given.sum(1) <= self.givens[1]]
+        if len(puzzles) < n:
+            puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
+        return puzzles
+
+    def _solvable(self, boards, order, wanted):
+        """Which cells to give, bool (n, cells): the first `wanted` of `order`, and wherever the two
+        deductions get stuck the next cell that is still open."""
+        turn = order.argsort(1)
+        given = turn < wanted[:, None]
+        solution = boards[:, :, None] == np.arange(self.side)             # (n, cells, digits)
+        possible = solution | ~given[:, :, None]
+        while True:
+            decided = possible.sum(2) == 1
+            if decided.all():
+                return given
+            taken = self.peer.astype(np.float32) @ (possible & decided[:, :, None]) > 0
+            left = possible & ~taken                          # first deduction; now the second
+            only_place = self.member.T @ left.astype(np.float32) == 1   # (n, 3 * side, digits)
+            found = left & (self.member @ only_place.astype(np.float32) > 0)
+            left = np.where(found.any(2, keepdims=True), found, left)
+            stuck = (left == possible).all((1, 2)) & ~decided.all(1)
+            cell = np.where(decided, self.side**2, turn)[stuck].argmin(1)
+            given[stuck, cell] = True
+            left[stuck, cell] = solution[stuck, cell]
+            possible = left
+
+    def correct(self, tokens):
+        puzzle, board = tokens[:, :self.side**2], tokens[:, self.side**2:]
+        return super().correct(tokens) & ((puzzle == self.side) | (puzzle == board)).all(1)
