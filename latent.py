@@ -339,12 +339,15 @@ def train(model, objective, task, args, job, probe, bar_position=0):
     opts = optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
     first, seconds, accuracy, best = 0, 0.0, 0.0, -1.0
-    if args.resume and path.exists():
-        saved = load(path, {**settings, **job})
+    saved = load(path, {**settings, **job}) if args.resume and path.exists() else None
+    saved = load(args.checkpoint) if args.checkpoint else saved
+    if saved:
         model.load_state_dict(saved["model"])
         for opt, state in zip(opts, saved["optimizers"]):
             opt.load_state_dict(state)
         first, seconds, accuracy, best = (saved[x] for x in ("step", "seconds", "accuracy", "best"))
+    if args.checkpoint:
+        return seconds / 60
     started = saved_at = time.time()
     bar = tqdm(range(first, args.steps), job_name(job), args.steps, initial=first,
                position=bar_position, dynamic_ncols=True)
@@ -562,11 +565,8 @@ def main(parser, tasks, make_jobs, experiment):
 
 
 def new_model(task, args, seed):
-    """A fresh model on its device, or with --checkpoint the saved one."""
     config = Config(task.vocab_size, task.seq_len, args.layers, args.heads, args.width)
     model = Transformer(config, torch.Generator().manual_seed(seed))
-    if args.checkpoint:
-        model.load_state_dict(load(args.checkpoint)["model"])
     return model.to(args.device)
 
 

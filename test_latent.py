@@ -1,0 +1,507 @@
+"""What must always hold. Every reference here is naive: loops, enumeration, brute force."""
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import latent
+from data import TASKS
+from data.sudoku import Sudoku, fill, units
+
+torch.set_num_threads(1)
+HERE = Path(__file__).parent
+
+
+def small_model(vocab_size=4, seq_len=12, seed=0):
+    """A transformer with random weights everywhere, so that every path through it matters."""
+    model = latent.Transformer(latent.Config(vocab_size, seq_len, 2, 2, 16))
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.4, generator=generator)
+    return model.eval()
+
+
+class Spy(nn.Module):
+    """Records every call of the model that it wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.mask, self.calls = model, model.mask, []
+
+    def forward(self, tokens, positions, visible):
+        logits = self.model(tokens, positions, visible)
+        self.calls.append((tokens, positions.expand(tokens.shape), visible, logits))
+        return logits
+
+
+class Oracle(nn.Module):
+    """Knows all solutions: its logits are the true distribution of every token, given the clean
+    tokens. With `shifted` it reads what AR reads: slot i holds token i - 1."""
+
+    def __init__(self, solutions, vocab_size, shifted=False):
+        super().__init__()
+        self.solutions, self.mask, self.shifted = solutions, vocab_size, shifted
+
+    def forward(self, tokens, positions, visible):
+        positions = positions.expand(tokens.shape)
+        logits = torch.full((*tokens.shape, self.mask), -1e9)
+        for b, (row, places) in enumerate(zip(tokens, positions)):
+            if self.shifted:
+                prefixes = [self.solutions[(self.solutions[:, :i] == row[1:i + 1]).all(1)]
+                            for i in range(len(row))]
+            else:
+                clean = row != self.mask
+                match = (self.solutions[:, places[clean]] == row[clean]).all(1)
+                prefixes = [self.solutions[match]] * len(row)
+            for i, place in enumerate(places):
+                share = torch.bincount(prefixes[i][:, place], minlength=self.mask).float()
+                logits[b, i] = (share / share.sum()).clamp(min=1e-30).log()
+        return logits
+
+
+def all_boards(side):
+    boards = fill(side)
+    renamed = [np.array(names)[boards] for names in itertools.permutations(range(side))]
+    return torch.from_numpy(np.concatenate(renamed)).long()
+
+
+# who sees whom ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal"])
+def test_visibility_is_the_table(kind):
+    ranks = [[0, 3, 0, 1, 2, 4], [0, 0, 1, 2, 3, -1], [1, 2, 3, 4, 5, 6], [0, 0, 0, -1, -1, 1]]
+    visible = latent.visibility(torch.tensor(ranks), kind)
+    for b, rank in enumerate(ranks):
+        for q, k in itertools.product(range(6), range(6)):
+            if q == k:
+                expected = True
+            elif rank[k] < 0:
+                expected = False
+            elif rank[k] == 0 or kind == "joint":
+                expected = True
+            else:
+                expected = kind == "semicausal" and 0 < rank[k] < rank[q]
+            assert visible[b, q, k] == expected, (kind, rank, q, k)
+
+
+def test_attention_is_a_naive_softmax():
+    model = small_model().double()
+    block, heads = model.blocks[0], 2
+    x = torch.randn(3, 6, 16, dtype=torch.float64)
+    visible = latent.visibility(torch.tensor([[0, 3, 0, 1, 2, 4]] * 3), "semicausal")
+    normed = block.attention_norm(x)
+    q, k, v = (normed @ w.T for w in block.qkv.weight.split(16))
+    y = torch.zeros_like(x)
+    for b, i, h in itertools.product(range(3), range(6), range(heads)):
+        part = slice(8 * h, 8 * h + 8)
+        scores = {j: math.exp((q[b, i, part] @ k[b, j, part]).item() / math.sqrt(8))
+                  for j in range(6) if visible[b, i, j]}
+        y[b, i, part] = sum(s * v[b, j, part] for j, s in scores.items()) / sum(scores.values())
+    x1 = x + y @ block.attention_out.weight.T
+    hidden = block.mlp_norm(x1) @ block.mlp_in.weight.T
+    expected = x1 + (hidden.clamp(min=0) ** 2) @ block.mlp_out.weight.T
+    torch.testing.assert_close(block(x, visible[:, None]), expected)
+
+
+@pytest.mark.parametrize("system", ["ar", "mtp", "mdm", "sidm", "scdm"])
+def test_who_cannot_influence_whom(system):
+    """Change one token's embedding: bit-identical logits wherever the table says 'no', others
+    elsewhere. One layer, since with two a clean token would carry what it saw."""
+    model = latent.Transformer(latent.Config(4, 12, 1, 2, 16))
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.4)
+    rank = {"ar": [1, 2, 3, 4, 5, 6], "mtp": [0, 0, 1, 2, 3, -1]}.get(system, [0, 3, 0, 1, 2, 4])
+    visible = latent.visibility(torch.tensor([rank]), latent.KIND[system])
+    tokens, positions = torch.randint(4, (1, 6)), torch.arange(6)[None]
+    before = model(tokens, positions, visible)
+    for key in range(6):
+        moved = positions.clone()
+        moved[0, key] = 11
+        changed = (model(tokens, moved, visible) != before).any(-1)[0]
+        assert changed.tolist() == visible[0, :, key].tolist(), key
+
+
+@pytest.mark.parametrize("kind", ["independent", "semicausal"])
+def test_a_clean_token_never_depends_on_a_masked_one(kind):
+    model = small_model()                                       # two layers: no path at all
+    rank = torch.tensor([[0, 3, 0, 1, 2, 4]])
+    tokens, positions = torch.tensor([[1, 4, 2, 4, 4, 4]]), torch.arange(6)[None]
+    before = model(tokens, positions, latent.visibility(rank, kind))
+    for key in range(6):
+        if rank[0, key] > 0:
+            moved = positions.clone()
+            moved[0, key] = 11
+            same = (model(tokens, moved, latent.visibility(rank, kind)) == before).all(-1)[0]
+            earlier = (rank[0] < rank[0, key]) | (kind == "independent") & (rank[0] != rank[0, key])
+            assert (same == earlier).all()
+
+
+# training = decoding ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_latent", [0, 1, 3, 7])
+def test_scdm_trains_what_it_decodes(n_latent):
+    """The logits of a candidate are those of its rank in a training pass over the full sequence in
+    which exactly the same masked tokens come before it."""
+    model, prompt_len, T = small_model(), 3, 12
+    spy = Spy(model)
+    tokens = torch.randint(4, (5, T))
+    latent.decode_any_order(spy, tokens, prompt_len, "semicausal", n_latent, candidates=2)
+    for inputs, positions, _, logits in spy.calls:
+        c = min(2, (inputs == model.mask).sum(1)[0].item())
+        for b, i in itertools.product(range(5), range(inputs.shape[1] - c, inputs.shape[1])):
+            full, rank = torch.full((1, T), model.mask), torch.zeros(1, T, dtype=torch.long)
+            clean = inputs[b] != model.mask
+            full[0, positions[b, clean]] = inputs[b, clean]
+            before = positions[b, clean.sum():inputs.shape[1] - c]
+            rank[0, before] = torch.arange(1, len(before) + 1)
+            rank[0, positions[b, i]] = len(before) + 1
+            rest = [p for p in range(T) if full[0, p] == model.mask and rank[0, p] == 0]
+            rank[0, rest] = torch.arange(len(before) + 2, len(before) + 2 + len(rest))
+            trained = model(full, torch.arange(T)[None], latent.visibility(rank, "semicausal"))
+            torch.testing.assert_close(logits[b, i], trained[0, positions[b, i]])
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_multi_token_trains_what_it_decodes(window):
+    model, prompt_len, T = small_model(), 3, 12
+    spy = Spy(model)
+    out, _ = latent.decode_left_to_right(spy, torch.randint(4, (5, T)), prompt_len, window)
+    for cut, (_, _, _, logits) in zip(range(prompt_len, T), spy.calls):
+        rank = latent.window_rank(T, torch.full((5, 1), cut), window)
+        inputs = torch.where(rank == 0, out, model.mask)
+        trained = model(inputs, torch.arange(T)[None], latent.visibility(rank, "joint"))
+        torch.testing.assert_close(logits[:, cut], trained[:, cut])
+
+
+def test_ar_trains_what_it_decodes():
+    model, T = small_model(), 12
+    spy = Spy(model)
+    out, _ = latent.decode_left_to_right(spy, torch.randint(4, (5, T)), 3, 0)
+    inputs, rank, _ = latent.next_token(out, 3, model.mask)
+    trained = model(inputs, torch.arange(T)[None], latent.visibility(rank, "semicausal"))
+    for cut, (_, _, _, logits) in zip(range(3, T), spy.calls):
+        torch.testing.assert_close(logits[:, cut], trained[:, cut])
+
+
+# objectives and nats ----------------------------------------------------------------------------
+
+
+def any_order_nats(model, tokens, prompt_len, kind):
+    """The mean over all orders of the negative log-likelihood of one sequence, (1, T)."""
+    answer, totals = range(prompt_len, tokens.shape[1]), []
+    for order in itertools.permutations(answer):
+        total = 0.0
+        for step, place in enumerate(order):
+            inputs, rank = tokens.clone(), torch.zeros_like(tokens)
+            for r, hidden in enumerate(order[step:], start=1):
+                inputs[0, hidden], rank[0, hidden] = model.mask, r
+            positions = torch.arange(tokens.shape[1])[None]
+            logits = model(inputs, positions, latent.visibility(rank, kind))
+            total -= logits[0, place].log_softmax(-1)[tokens[0, place]].item()
+        totals.append(total)
+    return np.mean(totals)
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_diffusion_objective_is_the_any_order_likelihood(kind):
+    """Weighted by A / m, the cross-entropies of what `diffusion` masks are an unbiased estimate of
+    it; and so are the nats read from the table."""
+    model, tokens, prompt_len, A = small_model(), torch.tensor([[1, 0, 3, 2, 2]]), 1, 4
+    expected = any_order_nats(model, tokens, prompt_len, kind)
+    many, rng = tokens.expand(40_000, -1), np.random.default_rng(0)
+    with torch.no_grad():
+        inputs, rank, weight = latent.diffusion(many, prompt_len, model.mask, rng)
+        ce = latent.cross_entropy(model, many, inputs, rank, kind)
+        table = latent.diffusion_table(model, many[:10_000], prompt_len, kind, rng)
+    hidden = (rank > 0).float()
+    m = hidden.sum(1)
+    elbo = (hidden * ce).sum(1) * A / m
+    assert (inputs == model.mask).equal(rank > 0) and (rank[:, :prompt_len] == 0).all()
+    assert [(m == x).float().mean().item() for x in range(1, A + 1)] == pytest.approx([0.25] * A)
+    torch.testing.assert_close(weight, hidden / hidden.sum())
+    assert abs(elbo.mean() - expected) < 4 * elbo.std() / 200
+    assert latent.diffusion_nats(table, kind, 0) == pytest.approx(expected, abs=0.03)
+
+
+def test_scdm_without_latents_is_the_any_order_likelihood_of_sidm():
+    model, tokens = small_model(), torch.tensor([[1, 0, 3, 2, 2]])
+    expected = any_order_nats(model, tokens, 1, "independent")
+    table = latent.diffusion_table(model, tokens.expand(20_000, -1), 1, "semicausal",
+                                   np.random.default_rng(0))
+    assert latent.diffusion_nats(table, "semicausal", 0) == pytest.approx(expected, abs=0.05)
+    for m in range(1, 5):                          # the last rank has seen all other masked tokens
+        assert latent.diffusion_nats(table, "semicausal", 3) == pytest.approx(
+            sum(table[m - 1, m - 1].item() for m in range(1, 5)))
+
+
+def test_next_token_loss_by_hand():
+    model, tokens, prompt_len = small_model(), torch.randint(4, (3, 6)), 2
+    inputs, rank, weight = latent.next_token(tokens, prompt_len, model.mask)
+    loss = (weight * latent.cross_entropy(model, tokens, inputs, rank, "semicausal")).sum()
+    losses = []
+    for row, i in itertools.product(tokens, range(prompt_len, 6)):
+        prefix = torch.cat([torch.tensor([model.mask]), row[:i]])[None]
+        causal = torch.ones(i + 1, i + 1, dtype=torch.bool).tril()[None]
+        logits = model(prefix, torch.arange(i + 1)[None], causal)[0, -1]
+        losses.append(-logits.log_softmax(-1)[row[i]])
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert latent.next_token_nats(model, tokens, prompt_len) == pytest.approx(
+        torch.stack(losses).sum().item() / 3)
+
+
+@pytest.mark.parametrize("loss_on_window", [True, False])
+def test_multi_token_loss_by_hand(loss_on_window):
+    model, tokens, prompt_len, window = small_model(), torch.randint(4, (4, 6)), 2, 3
+    rng = np.random.default_rng(0)
+    inputs, rank, weight = latent.multi_token(tokens, prompt_len, model.mask, rng, window,
+                                              loss_on_window)
+    loss = (weight * latent.cross_entropy(model, tokens, inputs, rank, "joint")).sum()
+    losses = []
+    for row, cut in zip(tokens, (rank > 0).int().argmax(1).tolist()):
+        present = row[:cut + window].clone()                  # what is absent is really not there
+        present[cut:] = model.mask
+        everything = torch.ones(1, len(present), len(present), dtype=torch.bool)
+        logits = model(present[None], torch.arange(len(present))[None], everything)[0]
+        for i in range(cut, len(present) if loss_on_window else cut + 1):
+            losses.append(-logits[i].log_softmax(-1)[row[i]])
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    cuts = {(latent.multi_token(tokens, 2, 4, rng, 1)[1] > 0).int().argmax(1)[0].item()
+            for _ in range(50)}
+    assert cuts == {2}                       # stratified: four rows, four cuts, the first row first
+
+
+def test_a_uniform_oracle_has_the_floor_as_its_nats():
+    boards = all_boards(4)
+    floor = Sudoku("4").floor_nats
+    some = boards[torch.randperm(288, generator=torch.Generator().manual_seed(0))[:24]]
+    ar, others = Oracle(boards, 4, shifted=True), Oracle(boards, 4)
+    assert floor == pytest.approx(math.log(288))
+    assert latent.next_token_nats(ar, some, 0) == pytest.approx(floor, abs=1e-4)
+    assert latent.multi_token_nats(others, some, 0, 3) == pytest.approx(floor, abs=1e-4)
+    table = latent.diffusion_table(others, some.repeat(4, 1), 0, "joint", np.random.default_rng(0))
+    assert latent.diffusion_nats(table, "joint", 15) == pytest.approx(floor, abs=0.25)
+
+
+# decoders ---------------------------------------------------------------------------------------
+
+
+def test_forward_tokens_are_as_promised():
+    model, boards = small_model(6, 36), torch.zeros(2, 36, dtype=torch.long)
+
+    def spent(*flags):
+        return latent.decode_any_order(model, boards, 0, *flags)[1]
+
+    assert spent("joint", 35, 1) == spent("joint", 35, 8) == 36 * 36 == 1296
+    assert spent("independent", 0, 1) == sum(36 - m + 1 for m in range(1, 37)) == 666
+    assert spent("independent", 0, 8) == sum(36 - m + min(8, m) for m in range(1, 37)) == 890
+    assert spent("semicausal", 4, 1) == sum(36 - m + 1 + min(4, m - 1) for m in range(1, 37))
+    assert latent.decode_left_to_right(model, boards, 0, 0)[1] == sum(range(1, 37))
+    assert latent.decode_left_to_right(model, boards, 0, 5)[1] == sum(
+        min(36, c + 5) for c in range(36))
+
+
+@pytest.mark.parametrize("kind,n_latent", [("joint", 8), ("independent", 0), ("semicausal", 3)])
+@pytest.mark.parametrize("candidates", [1, 2, 8])
+def test_any_order_decoding_step_by_step(kind, n_latent, candidates):
+    model, prompt_len, T = small_model(), 3, 12
+    spy, tokens = Spy(model), torch.randint(4, (5, T))
+    out, spent = latent.decode_any_order(spy, tokens, prompt_len, kind, n_latent, candidates)
+    assert (out[:, :prompt_len] == tokens[:, :prompt_len]).all() and (out < 4).all()
+    assert spent == sum(call[0].shape[1] for call in spy.calls) and len(spy.calls) == T - prompt_len
+    known = [set(range(prompt_len)) for _ in range(5)]
+    for m, (inputs, positions, _, logits) in zip(range(T - prompt_len, 0, -1), spy.calls):
+        c, k = min(candidates, m), min(n_latent, m - min(candidates, m))
+        for b in range(5):
+            clean = positions[b][inputs[b] != 4].tolist()
+            masked = positions[b][inputs[b] == 4].tolist()
+            assert len(clean) == T - m and len(masked) == c + k == len(set(masked))
+            assert known[b] <= set(clean) and not set(clean) & set(masked)
+            assert all(out[b, p] == t for p, t in zip(positions[b], inputs[b]) if t != 4)
+            known[b] = set(clean)
+    best = spy.calls[0][3][:, -min(candidates, T - prompt_len):].softmax(-1).amax(-1).argmax(1)
+    first = spy.calls[0][1][:, -min(candidates, T - prompt_len):].gather(1, best[:, None])[:, 0]
+    second_clean = spy.calls[1][1][:, prompt_len]             # the surest candidate was decoded
+    assert first.equal(second_clean)
+
+
+def test_greedy_is_argmax_and_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, math.log(3.0)]]).expand(20_000, -1)
+    drawn = latent.sample(logits, False, torch.Generator().manual_seed(0)).float().mean().item()
+    assert drawn == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 20_000))
+    assert (latent.sample(logits, True, None) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["sudoku", "sudoku-puzzle"])
+def test_an_oracle_solves_every_puzzle_with_every_decoder(name):
+    task = TASKS[name]("4")
+    tokens = torch.from_numpy(task.batch(6, np.random.default_rng(0), "test"))
+    solutions = all_boards(4)
+    if name == "sudoku-puzzle":                     # every given is a clean token of its solution
+        solutions = torch.cat([solutions, solutions], dim=1)
+
+    class Puzzle(Oracle):                           # blanks of the prompt say nothing
+        def forward(self, tokens, positions, visible):
+            blanks = tokens.masked_fill((tokens == 4) & (positions < task.prompt_len), -1)
+            if self.shifted:
+                return super().forward(tokens, positions, visible)
+            return super().forward(torch.where(blanks < 0, 4, tokens), positions, visible)
+
+    oracle = Puzzle(solutions, 4)
+    blank = torch.cat([tokens[:, :task.prompt_len], torch.zeros(6, 16, dtype=torch.long)], dim=1)
+    for window in (1, 3, 16):
+        out, _ = latent.decode_left_to_right(oracle, blank, task.prompt_len, window)
+        assert task.correct(out.numpy()).all()
+    for kind, n_latent, candidates in [("joint", 15, 8), ("independent", 0, 1), ("semicausal", 4, 8)]:
+        out, _ = latent.decode_any_order(oracle, blank, task.prompt_len, kind, n_latent, candidates)
+        assert task.correct(out.numpy()).all()
+    if name == "sudoku":
+        out, _ = latent.decode_left_to_right(Oracle(solutions, 4, shifted=True), blank, 0, 0)
+        assert task.correct(out.numpy()).all()
+
+
+# data -------------------------------------------------------------------------------------------
+
+
+def naive_valid(board, side):
+    high, wide = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[side]
+    grid = np.asarray(board).reshape(side, side)
+    groups = [*grid, *grid.T, *(grid[r:r + high, c:c + wide].ravel() for r in range(0, side, high)
+                                for c in range(0, side, wide))]
+    return all(sorted(group) == list(range(side)) for group in groups)
+
+
+def naive_solutions(puzzle, side, limit=2):
+    """Backtracking, cell with the fewest digits first: at most `limit` solutions."""
+    high, wide = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[side]
+    options = {}
+    for cell in (i for i, digit in enumerate(puzzle) if digit == side):
+        r, c = divmod(cell, side)
+        seen = {puzzle[i] for i in range(side * side) if i // side == r or i % side == c
+                or (i // side // high, i % side // wide) == (r // high, c // wide)}
+        options[cell] = [digit for digit in range(side) if digit not in seen]
+    if not options:
+        return [list(puzzle)]
+    cell, found = min(options, key=lambda i: len(options[i])), []
+    for digit in options[cell]:
+        found += naive_solutions([*puzzle[:cell], digit, *puzzle[cell + 1:]], side, limit)
+        if len(found) >= limit:
+            break
+    return found
+
+
+def test_all_boards_are_counted():
+    assert len(fill(4)) * math.factorial(4) == 288 == len(np.unique(all_boards(4), axis=0))
+    assert len(fill(6)) * math.factorial(6) == 28_200_960
+    assert len(np.unique(fill(6), axis=0)) == len(fill(6))
+    brute = [b for b in itertools.product(itertools.permutations(range(4)), repeat=4)
+             if naive_valid(b, 4)]
+    assert len(brute) == 288
+
+
+@pytest.mark.parametrize("side", [4, 6, 9])
+def test_boards_and_their_checker(side):
+    task, rng = Sudoku(str(side)), np.random.default_rng(0)
+    for split in ("train", "test"):
+        boards = task.batch(100, rng, split)
+        assert boards.dtype == np.int64 and boards.shape == (100, side**2)
+        assert all(naive_valid(board, side) for board in boards) and task.correct(boards).all()
+        assert (task.held_out(boards) == (split == "test")).all()
+    for cell, digit in itertools.product(range(side**2), range(side)):
+        broken = boards[:1].copy()
+        broken[0, cell] = digit
+        assert task.correct(broken)[0] == (digit == boards[0, cell])
+    renamed = rng.permutation(side)[boards]
+    assert task.held_out(renamed).all()
+    assert (task.batch(9, np.random.default_rng(5), "train")
+            == task.batch(9, np.random.default_rng(5), "train")).all()
+
+
+def test_uniform_boards_and_a_tenth_held_out():
+    task = Sudoku("4")
+    boards = np.concatenate([task.batch(20_000, np.random.default_rng(0), "train"),
+                             task.batch(20_000, np.random.default_rng(0), "test")])
+    _, counts = np.unique(boards, axis=0, return_counts=True)
+    assert len(counts) == 288 and set(np.round(np.sort(counts)[[0, -1]] / [75.8, 833.3])) == {1}
+    pool = Sudoku("6").pool
+    assert 0.08 < len(pool["test"]) / (len(pool["test"]) + len(pool["train"])) < 0.12
+
+
+@pytest.mark.parametrize("side", [4, 6, 9])
+def test_puzzles_have_one_solution(side):
+    task, rng = TASKS["sudoku-puzzle"](str(side)), np.random.default_rng(0)
+    cells = side**2
+    for split in ("train", "test"):
+        batch = task.batch(20, rng, split)
+        puzzles, boards = batch[:, :cells], batch[:, cells:]
+        assert (task.held_out(batch) == (split == "test")).all() and task.correct(batch).all()
+        givens = (puzzles < side).sum(1)
+        assert task.givens[0] <= givens.min() and givens.max() <= task.givens[1]
+        for puzzle, board in zip(puzzles.tolist(), boards.tolist()):
+            assert naive_solutions(puzzle, side) == [board]
+    other = batch.copy()
+    other[:, cells:] = Sudoku(str(side)).batch(20, rng, "train")         # valid, of another puzzle
+    assert not task.correct(other).any()
+
+
+# scripts ----------------------------------------------------------------------------------------
+
+TINY = ["--size", "4", "--steps", "12", "--samples", "32", "--width", "16", "--layers", "1",
+        "--latents", "0", "2", "all"]
+TIMINGS = ("ms_per_puzzle", "train_minutes")
+
+
+def script(name, *flags, wait=True):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, HERE / name, *map(str, flags)], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=170)
+    return process.returncode, out, err
+
+
+def results(folder):
+    records = json.loads((folder / "results.json").read_text())
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+
+
+@pytest.mark.parametrize("name,flags,n", [
+    ("train_diffusion.py", ["--seeds", 0, 1], 2 * 5),
+    ("train_ar.py", ["--systems", "ar", "mtp", "control", "--windows", "random", 3], 1 + 2 * (3 + 1))])
+def test_scripts_run_end_to_end_and_repeat_themselves(tmp_path, name, flags, n):
+    for folder in ("a", "b"):
+        status, out, err = script(name, *TINY, *flags, "--out", tmp_path / folder)
+        assert status == 0 and "accuracy" in out, err
+    assert len(results(tmp_path / "a")) == n
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    status, _, err = script(name, *TINY, *flags, "--out", tmp_path / "a", "--resume")
+    assert status == 0 and results(tmp_path / "a") == results(tmp_path / "b"), err
+
+
+def test_a_killed_run_resumes_exactly(tmp_path):
+    flags = [*TINY, "--systems", "scdm", "--steps", 400]
+    assert script("train_diffusion.py", *flags, "--out", tmp_path / "whole")[0] == 0
+    process = script("train_diffusion.py", *flags, "--out", tmp_path / "cut", wait=False)
+    path = tmp_path / "cut" / "scdm-s0.pt"
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < latent.load(path)["step"] < 400
+    assert script("train_diffusion.py", *flags, "--out", tmp_path / "cut", "--resume")[0] == 0
+    whole, cut = (latent.load(tmp_path / x / "scdm-s0.pt")["model"] for x in ("whole", "cut"))
+    assert all(whole[name].equal(cut[name]) for name in whole)
+    assert results(tmp_path / "whole") == results(tmp_path / "cut")
