@@ -315,8 +315,8 @@ def choose_device(name):
 
 
 def optimizers(model, lr):
-    """Muon for the matrices in the blocks, AdamW for the rest: at equal time this is worth 8 points
-    of MDM's accuracy over AdamW alone."""
+    """Muon for the matrices in the blocks, AdamW for the rest. On 6x6 Sudoku this took MDM to 82 %
+    in the time in which AdamW alone came to 74 %."""
     matrices = {name: w for name, w in model.named_parameters()
                 if name.startswith("blocks") and w.dim() == 2}
     others = [w for name, w in model.named_parameters() if name not in matrices]
@@ -329,12 +329,12 @@ def schedule(step, steps, warmup=100):
     return min(1, (step + 1) / warmup, 0.05 + 1.9 * (1 - step / steps))
 
 
-def train(model, objective, task, args, job, probe, bar_position=0):
+def train(task, model, objective, decode, args, job, bar_position=0):
     """Train a model and keep two checkpoints of it, the last and the best; returns the minutes.
 
-    objective(tokens, rng) -> inputs, rank, weight. probe() -> the accuracy of a quick decoding.
-    Data and masks of a step follow from (seed, step) alone, so a resumed run goes on exactly and
-    no random state needs saving."""
+    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: ten times in a training
+    it shows how many of 64 training puzzles are solved. Data and masks of a step follow from
+    (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
     device, path = model.token.weight.device, checkpoint_path(args, job)
     opts = optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
@@ -370,9 +370,10 @@ def train(model, objective, task, args, job, probe, bar_position=0):
         if saving or step % 50 == 0:                        # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
-                raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at step "
-                               f"{step}, learning rate {group['lr']:.2g}; {last}")
-            accuracy = float(probe()) if probing else accuracy
+                raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at "
+                               f"step {step}, learning rate {group['lr']:.2g}; {last}")
+            if probing:
+                accuracy = solve(task, args, 64, job["seed"], "train", decode)[1].mean().item()
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.0%}")
         if saving:
             saved_at, is_best, best = time.time(), accuracy > best, max(best, accuracy)
@@ -388,10 +389,12 @@ def train(model, objective, task, args, job, probe, bar_position=0):
 
 
 def job_name(job):
+    """What names a model: its system, its window if it has one, and its seed."""
     return "-".join(str(part) for part in (job["system"], job["window"], f"s{job['seed']}") if part)
 
 
 def checkpoint_path(args, job):
+    """Where the last checkpoint of a job lies."""
     return args.out / f"{job_name(job)}.pt"
 
 
@@ -463,7 +466,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
-    flag("--steps", type=at_least(1), default=4000, help="training steps")
+    flag("--steps", type=at_least(1), default=3600, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks")
@@ -473,7 +476,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto: the first of cuda, mps, cpu that is there")
     flag("--jobs", type=at_least(0), default=0,
-         help="trainings side by side; 0: one for each core, or one on a GPU")
+         help="models side by side; 0: up to two a core, or one on a GPU")
     flag("--samples", type=at_least(1), default=1024, help="puzzles in each evaluation")
     flag("--greedy", action="store_true", help="decode the most probable token, do not sample")
     flag("--out", type=Path, help="folder for all output; if not given out/TASK-SIZE")
@@ -513,8 +516,10 @@ def prepare(args, parser, tasks, make_jobs):
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise PermissionError(None, "no permission")
     except OSError as error:
-        raise RunError(f"--out: cannot make the folder {args.out}: {error.strerror}") from None
+        raise RunError(f"--out: cannot write to {args.out}: {error.strerror}") from None
     for record in read_results(args.out):
         for name in OF_THE_MODEL:
             if record.get(name) != getattr(args, name):
@@ -528,13 +533,15 @@ def prepare(args, parser, tasks, make_jobs):
 
 
 def run(args, task, jobs, experiment):
-    """Run experiment(task, args, job, bar_position) for every job; merge its records into results.json.
-    On a CPU the jobs run side by side, in threads: a small model cannot keep several cores busy."""
+    """Run experiment(task, args, job, bar_position) for every job and merge its records into
+    results.json. On a CPU up to two jobs a core run side by side, in threads: several small models
+    keep the cores busier than several cores on one."""
     results, cores = read_results(args.out), torch.get_num_threads()
     width = min(len(jobs), args.jobs or (2 * cores if args.device == "cpu" else 1))
     torch.set_num_threads(max(1, cores // width))
     with concurrent.futures.ThreadPoolExecutor(width) as pool:
-        futures = [pool.submit(experiment, task, args, job, i % width) for i, job in enumerate(jobs)]
+        futures = [pool.submit(experiment, task, args, job, i % width)
+                   for i, job in enumerate(jobs)]
         try:
             for future in concurrent.futures.as_completed(futures):
                 new = {record_key(r): r for r in future.result()}
@@ -565,6 +572,7 @@ def main(parser, tasks, make_jobs, experiment):
 
 
 def new_model(task, args, seed):
+    """A fresh model for the task, on its device."""
     config = Config(task.vocab_size, task.seq_len, args.layers, args.heads, args.width)
     model = Transformer(config, torch.Generator().manual_seed(seed))
     return model.to(args.device)
@@ -626,7 +634,8 @@ def read_results(folder):
 
 def record_key(record):
     """What tells the records of one folder apart."""
-    return tuple(str(record[x]) for x in ("system", "window", "order", "greedy", "n_latent", "seed"))
+    names = ("system", "window", "order", "greedy", "n_latent", "seed")
+    return tuple(str(record[name]) for name in names)
 
 
 def summary(results):
@@ -634,13 +643,13 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        name = " ".join(str(x) for x in (r["system"], r["window"], r["order"]) if x)
+        system = {"mtp": "AR+MTP", "control": "control"}.get(r["system"], r["system"].upper())
+        name = " ".join(str(x) for x in (system, r["window"], r["order"]) if x)
         name += " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
-    rows = []
+    rows, means = [], ("accuracy", "stderr", "forward_tokens", "ms_per_puzzle", "train_minutes")
     for (name, n_latent), records in sorted(groups.items()):
-        row = {key: np.mean([r[key] for r in records])
-               for key in ("accuracy", "stderr", "forward_tokens", "ms_per_puzzle", "train_minutes")}
+        row = {key: np.mean([r[key] for r in records]) for key in means}
         if len(records) > 1:
             row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
         row["excess"] = np.mean([r["nats"] - (r["nats_floor"] or 0) for r in records])
@@ -654,10 +663,10 @@ def table(results):
     lines = ["system                latents   accuracy %   excess nats   forward tokens   ms/puzzle"
              "   minutes   seeds   unseen %"]
     for r in summary(results):
-        lines.append(
-            f"{r['name']:<22}{r['n_latent']:>7}{100 * r['accuracy']:>8.1f} ±{100 * r['stderr']:>3.1f}"
-            f"{r['excess']:>14.2f}{r['forward_tokens']:>17.0f}{r['ms_per_puzzle']:>12.2f}"
-            f"{r['train_minutes']:>10.1f}{r['seeds']:>8}{100 * r['unseen']:>11.1f}")
+        accuracy, error, unseen = (100 * r[key] for key in ("accuracy", "stderr", "unseen"))
+        lines.append(f"{r['name']:<22}{r['n_latent']:>7}{accuracy:>8.1f} ±{error:>3.1f}"
+                     f"{r['excess']:>14.2f}{r['forward_tokens']:>17.0f}{r['ms_per_puzzle']:>12.2f}"
+                     f"{r['train_minutes']:>10.1f}{r['seeds']:>8}{unseen:>11.1f}")
     return "\n".join(lines)
 
 
@@ -671,7 +680,7 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    curves = {}
+    curves, ticks = {}, sorted({r["n_latent"] for r in results})
     for row in summary(results):
         curves.setdefault(row["name"], []).append(row)
     for name, rows in curves.items():
@@ -683,8 +692,10 @@ def draw(results, path):
         panels[1].errorbar(x, [row["excess"] for row in rows], **style)
         panels[2].errorbar([row["forward_tokens"] for row in rows], accuracy, error, **style)
     for panel in panels[:2]:
-        panel.set(xlabel="latent tokens", xscale="symlog")
-        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_xticks(ticks, ticks)
+        panel.set_xticks([], minor=True)
+        panel.set_xlabel("latent tokens")
     panels[0].set(ylabel="accuracy", ylim=(0, 1))
     panels[1].set(ylabel="nats above the floor, for an answer", ylim=(0, None))
     panels[2].set(xlabel="forward tokens for a puzzle", ylabel="accuracy", ylim=(0, 1))

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import latent
+import train_ar
+import train_diffusion
 from data import TASKS
 from data.sudoku import Sudoku, fill, units
 
@@ -242,9 +244,8 @@ def test_scdm_without_latents_is_the_any_order_likelihood_of_sidm():
     table = latent.diffusion_table(model, tokens.expand(20_000, -1), 1, "semicausal",
                                    np.random.default_rng(0))
     assert latent.diffusion_nats(table, "semicausal", 0) == pytest.approx(expected, abs=0.05)
-    for m in range(1, 5):                          # the last rank has seen all other masked tokens
-        assert latent.diffusion_nats(table, "semicausal", 3) == pytest.approx(
-            sum(table[m - 1, m - 1].item() for m in range(1, 5)))
+    assert latent.diffusion_nats(table, "semicausal", 3) == pytest.approx(
+        table.diagonal().sum().item())     # all latents: the last rank has seen all the others
 
 
 def test_next_token_loss_by_hand():
@@ -364,7 +365,8 @@ def test_an_oracle_solves_every_puzzle_with_every_decoder(name):
     for window in (1, 3, 16):
         out, _ = latent.decode_left_to_right(oracle, blank, task.prompt_len, window)
         assert task.correct(out.numpy()).all()
-    for kind, n_latent, candidates in [("joint", 15, 8), ("independent", 0, 1), ("semicausal", 4, 8)]:
+    for kind, n_latent, candidates in [("joint", 15, 8), ("independent", 0, 1),
+                                       ("semicausal", 4, 8)]:
         out, _ = latent.decode_any_order(oracle, blank, task.prompt_len, kind, n_latent, candidates)
         assert task.correct(out.numpy()).all()
     if name == "sudoku":
@@ -463,6 +465,57 @@ TINY = ["--size", "4", "--steps", "12", "--samples", "32", "--width", "16", "--l
 TIMINGS = ("ms_per_puzzle", "train_minutes")
 
 
+BAD_INPUT = [
+    ("train_ar.py", "--task chess", "--task"), ("train_ar.py", "--size 5", "4, 6, 9"),
+    ("train_ar.py", "--systems mdm", "--systems"), ("train_diffusion.py", "--systems ar", "mdm"),
+    ("train_ar.py", "--windows 0", "--windows"), ("train_ar.py", "--windows 37", "1 to 36"),
+    ("train_ar.py", "--windows wide", "--windows"), ("train_ar.py", "--latents 36", "0 to 35"),
+    ("train_diffusion.py", "--latents -1", "--latents"),
+    ("train_ar.py", "--latents x", "--latents"),
+    ("train_ar.py", "--heads 3", "--width"), ("train_ar.py", "--steps 0", "--steps"),
+    ("train_ar.py", "--lr nan", "--lr"), ("train_ar.py", "--lr -1", "--lr"),
+    ("train_ar.py", "--givens 3 4", "--givens"), ("train_ar.py", "--device tpu", "--device"),
+    ("train_ar.py", "--task sudoku-puzzle --givens 9 8", "--givens"),
+    ("train_diffusion.py", "--candidates 0", "--candidates"),
+    ("train_diffusion.py", "--order left", "--order"),
+    ("train_ar.py", "--order uniform", "--order"),
+    ("train_ar.py", "--checkpoint missing.pt", "missing.pt"),
+    ("train_ar.py", "--checkpoint foreign.pt", "foreign.pt"),
+    ("train_ar.py", "--checkpoint scdm-s0.pt", "scdm"),
+    ("train_diffusion.py", "--size 4 --resume --out . --systems scdm", "steps"),
+    ("train_diffusion.py", "--size 4 --steps 2 --out . --systems scdm", "--resume"),
+    ("train_ar.py", "--out foreign.pt", "--out"), ("train_ar.py", "--out other", "results"),
+    ("train_ar.py", "--out broken", "results.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a checkpoint, a foreign file, and two foreign results."""
+    folder = tmp_path_factory.mktemp("bad")
+    flags = ["--systems", "scdm", *TINY, "--steps", 2, "--width", 64, "--layers", 3]
+    assert script("train_diffusion.py", *flags, "--out", folder)[0] == 0
+    (folder / "results.json").unlink()
+    (folder / "foreign.pt").write_bytes(b"PK not a checkpoint")
+    for name, text in ("other", '[{"task": "chess"}]'), ("broken", '{"accuracy"'):
+        (folder / name).mkdir()
+        (folder / name / "results.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name,flags,message", BAD_INPUT, ids=[flags for _, flags, _ in BAD_INPUT])
+def test_bad_input_gets_one_line(folder, monkeypatch, capsys, name, flags, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    script_module = {"train_ar.py": train_ar, "train_diffusion.py": train_diffusion}[name]
+    with pytest.raises(SystemExit) as stop:
+        latent.main(script_module.flags(), TASKS, script_module.jobs, script_module.experiment)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and message in err, err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def script(name, *flags, wait=True):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, HERE / name, *map(str, flags)], env=env, text=True,
@@ -480,7 +533,8 @@ def results(folder):
 
 @pytest.mark.parametrize("name,flags,n", [
     ("train_diffusion.py", ["--seeds", 0, 1], 2 * 5),
-    ("train_ar.py", ["--systems", "ar", "mtp", "control", "--windows", "random", 3], 1 + 2 * (3 + 1))])
+    ("train_ar.py", ["--systems", "ar", "mtp", "control", "--windows", "random", 3],
+     1 + 2 * (3 + 1))])
 def test_scripts_run_end_to_end_and_repeat_themselves(tmp_path, name, flags, n):
     for folder in ("a", "b"):
         status, out, err = script(name, *TINY, *flags, "--out", tmp_path / folder)

@@ -62,11 +62,8 @@ def experiment(task, args, job, bar_position):
             return latent.next_token_nats(model, tokens, task.prompt_len)
         return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1)
 
-    def probe():
-        return latent.solve(task, args, 64, job["seed"], "train",
-                            partial(decode, n_latent=sweep[-1]))[1].mean()
-
-    minutes = latent.train(model, objective, task, args, job, probe, bar_position)
+    minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
+                           bar_position)
     return [latent.evaluate(task, model, args, job, n_latent, None,
                             partial(decode, n_latent=n_latent),
                             latent.held_out_mean(task, args, job["seed"],

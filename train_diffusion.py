@@ -41,13 +41,12 @@ def experiment(task, args, job, bar_position):
         return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
                                        args.greedy, generator)
 
-    def probe():
-        return latent.solve(task, args, 64, job["seed"], "train",
-                            partial(decode, n_latent=sweep[-1]))[1].mean()
+    def table_of(tokens, rng):
+        return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng)
 
-    minutes = latent.train(model, objective, task, args, job, probe, bar_position)
-    table = latent.held_out_mean(task, args, job["seed"], lambda tokens, rng: latent.diffusion_table(
-        model, tokens, task.prompt_len, kind, rng))
+    minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
+                           bar_position)
+    table = latent.held_out_mean(task, args, job["seed"], table_of)
     return [latent.evaluate(task, model, args, job, n_latent, args.order,
                             partial(decode, n_latent=n_latent),
                             latent.diffusion_nats(table, kind, n_latent), minutes)
