@@ -20,8 +20,9 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
-import threading
+import signal
 import time
 from pathlib import Path
 
@@ -297,7 +298,8 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
 # 6. training ----------------------------------------------------------------------------------
 
 OF_THE_MODEL = ("task", "size", "givens", "steps", "batch_size", "lr", "layers", "heads", "width")
-STOP = threading.Event()         # set by Ctrl-C: every training ends after its step and is saved
+CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
+STOP = CONTEXT.Event()           # set by Ctrl-C: every training ends after its step and is saved
 
 
 class RunError(Exception):
@@ -466,7 +468,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
-    flag("--steps", type=at_least(1), default=3600, help="training steps")
+    flag("--steps", type=at_least(1), default=4400, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks")
@@ -532,14 +534,23 @@ def prepare(args, parser, tasks, make_jobs):
     return task, jobs
 
 
+def start_worker(stop, lock, threads):
+    """Make a new process one of several: they share Ctrl-C, the terminal and the cores."""
+    global STOP
+    STOP = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it and sets STOP
+    tqdm.set_lock(lock)
+    torch.set_num_threads(threads)
+
+
 def run(args, task, jobs, experiment):
     """Run experiment(task, args, job, bar_position) for every job and merge its records into
-    results.json. On a CPU up to two jobs a core run side by side, in threads: several small models
-    keep the cores busier than several cores on one."""
+    results.json. On a CPU up to two jobs a core run side by side, each in a process of its own:
+    several small models keep the cores busier than several cores one small model."""
     results, cores = read_results(args.out), torch.get_num_threads()
     width = min(len(jobs), args.jobs or (2 * cores if args.device == "cpu" else 1))
-    torch.set_num_threads(max(1, cores // width))
-    with concurrent.futures.ThreadPoolExecutor(width) as pool:
+    worker = (STOP, CONTEXT.RLock(), max(1, cores // width))
+    with concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker) as pool:
         futures = [pool.submit(experiment, task, args, job, i % width)
                    for i, job in enumerate(jobs)]
         try:
