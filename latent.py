@@ -468,7 +468,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
-    flag("--steps", type=at_least(1), default=4400, help="training steps")
+    flag("--steps", type=at_least(1), default=3600, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks")
