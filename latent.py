@@ -431,6 +431,13 @@ def load(path, expected={}):
 # What both scripts share; a reader of the method may stop here.
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the defaults that there are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse whose complaints are one line."""
 
@@ -458,7 +465,7 @@ def count_or_all(least):
 
 def common_flags(description, tasks, systems, default_systems):
     """The flags that both scripts have; each adds its own."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, formatter_class=Help)
     flag = parser.add_argument
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     flag("--task", default="sudoku", choices=list(tasks), help="the puzzle")
@@ -514,6 +521,7 @@ def prepare(args, parser, tasks, make_jobs):
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
     jobs = [saved["job"]] if args.checkpoint else make_jobs(task, args)
+    jobs = [job for i, job in enumerate(jobs) if job not in jobs[:i]]           # named twice
 
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
     try:
@@ -691,8 +699,9 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    curves, ticks = {}, sorted({r["n_latent"] for r in results})
-    for row in summary(results):
+    shown = [r for r in results if r["order"] != "uniform" and not r["greedy"]] or results
+    curves, ticks = {}, sorted({r["n_latent"] for r in shown})
+    for row in summary(shown):
         curves.setdefault(row["name"], []).append(row)
     for name, rows in curves.items():
         rows.sort(key=lambda row: row["n_latent"])
@@ -716,11 +725,13 @@ def draw(results, path):
 
 
 if __name__ == "__main__":
-    examples = {"AR": ("ar", [1, 2, 3, 4, 5, 6]), "AR+MTP, window 3": ("mtp", [0, 0, 1, 2, 3, -1]),
-                "MDM": ("mdm", [0, 3, 0, 1, 2, 4]), "SIDM": ("sidm", [0, 3, 0, 1, 2, 4]),
-                "SCDM": ("scdm", [0, 3, 0, 1, 2, 4])}
-    print("Who sees whom: a row is a query, a column a key. Rank 0: clean, -: absent, else masked.")
-    for name, (system, rank) in examples.items():
-        print(f"\n{name:<17} rank  " + " ".join("-" if r < 0 else str(r) for r in rank))
+    print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked.")
+    for title, system, rank in (("AR: position is rank", "ar", [1, 2, 3, 4, 5, 6]),
+                                ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
+                                ("MDM", "mdm", [0, 3, 0, 1, 2, 4]),
+                                ("SIDM", "sidm", [0, 3, 0, 1, 2, 4]),
+                                ("SCDM", "scdm", [0, 3, 0, 1, 2, 4])):
+        print(f"\n{title:<24}rank " + " ".join("-" if r < 0 else str(r) for r in rank))
         for r, row in zip(rank, visibility(torch.tensor([rank]), KIND[system])[0]):
-            print(f"{'-' if r < 0 else r:>22}  " + " ".join("x" if seen else "." for seen in row))
+            if r >= 0:                                              # -1, shown as -, is absent
+                print(f"{r:>28} " + " ".join("x" if seen else "." for seen in row))

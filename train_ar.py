@@ -14,6 +14,7 @@ from data import TASKS
 
 
 def flags():
+    """The flags of both scripts, and the windows."""
     parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "control"], ["ar", "mtp"])
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
                         help="windows to train MTP and the control with, one model for each: "
@@ -22,10 +23,12 @@ def flags():
 
 
 def window(text):
+    """An argparse type: a number of tokens, all, or random."""
     return text if text == "random" else latent.count_or_all(1)(text)
 
 
 def jobs(task, args):
+    """The models to train: every system with every window and every seed."""
     most = task.seq_len - task.prompt_len
     windows = [most if w == "all" else w for w in args.windows]
     for w in windows:

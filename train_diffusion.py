@@ -13,6 +13,7 @@ from data import TASKS
 
 
 def flags():
+    """The flags of both scripts, and the order of decoding."""
     systems = ["mdm", "sidm", "scdm"]
     parser = latent.common_flags(__doc__, TASKS, systems, systems)
     parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
@@ -23,6 +24,7 @@ def flags():
 
 
 def jobs(task, args):
+    """The models to train: every system with every seed."""
     return [{"system": system, "window": None, "seed": seed}
             for seed in args.seeds for system in args.systems]
 
