@@ -104,6 +104,8 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("_out.weight"):      # every block starts as the identity: at small
                 nn.init.zeros_(weight)            # widths this matters more than the optimizer
+            elif name in ("token.weight", "position.weight"):
+                nn.init.normal_(weight, std=0.2, generator=generator)
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5, generator=generator)
 
