@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -477,7 +478,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
-    flag("--steps", type=at_least(1), default=3600, help="training steps")
+    flag("--steps", type=at_least(1), default=4200, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks")
@@ -545,8 +546,14 @@ def prepare(args, parser, tasks, make_jobs):
 
 
 def start_worker(stop, lock, threads):
-    """Make a new process one of several: they share Ctrl-C, the terminal and the cores."""
+    """Make a new process one of several: they share Ctrl-C, the terminal and the cores, and when
+    the parent dies, they end. Two runs must never write the same checkpoint."""
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     global STOP
+    threading.Thread(target=follow_parent, daemon=True).start()
     STOP = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it and sets STOP
     tqdm.set_lock(lock)

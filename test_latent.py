@@ -553,7 +553,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)            # the pipes close when its workers have ended, too
     assert 0 < latent.load(path)["step"] < 400
     assert script("train_diffusion.py", *flags, "--out", tmp_path / "cut", "--resume")[0] == 0
     whole, cut = (latent.load(tmp_path / x / "scdm-s0.pt")["model"] for x in ("whole", "cut"))
