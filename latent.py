@@ -519,7 +519,7 @@ def prepare(args, parser, tasks, make_jobs):
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     args.device = choose_device(args.device)
     most = task.seq_len - task.prompt_len - 1
-    args.latents = args.latents or [0, *(2**i for i in range(most.bit_length() - 1)), most]
+    args.latents = args.latents or [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
     args.latents = sorted({most if k == "all" else k for k in args.latents})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")

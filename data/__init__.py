@@ -2,8 +2,10 @@
 
 A task has: name, sizes, default_size, vocab_size, seq_len, prompt_len (0: no prompt), floor_nats
 (entropy of the answer given the prompt, None where unknown), batch(n, rng, split) -> int64
-(n, seq_len), correct(tokens) -> bool (n,), show(tokens) -> str.
+(n, seq_len), correct(tokens) -> bool (n,), show(tokens, mark) -> str.
 """
+from data.countdown import Countdown
 from data.sudoku import Sudoku, SudokuPuzzle
+from data.zebra import Zebra
 
-TASKS = {task.name: task for task in (Sudoku, SudokuPuzzle)}
+TASKS = {task.name: task for task in (Sudoku, SudokuPuzzle, Countdown, Zebra)}

@@ -12,6 +12,8 @@ import math
 
 import numpy as np
 
+from data.split import in_test
+
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}                                     # rows, columns of a box
 BOARDS = {4: 288, 6: 28_200_960, 9: 6_670_903_752_021_072_936_960}    # Felgenhauer & Jarvis (2006)
 GIVENS = {4: (4, 8), 6: (10, 18), 9: (28, 40)}                  # fewest and most in a puzzle
@@ -45,8 +47,7 @@ def held_out(boards, side):
     of the board with its first row renamed to 0 1 2 ..., so that renaming digits changes nothing.
     """
     renamed = np.take_along_axis(boards[:, :side].argsort(1), boards.astype(np.int64), axis=1)
-    weights = np.random.default_rng(0).integers(2**63, size=side * side, dtype=np.uint64)
-    return (renamed.astype(np.uint64) @ weights >> np.uint64(32)) % np.uint64(10) == 0
+    return in_test(renamed)
 
 
 class Sudoku:
@@ -97,10 +98,12 @@ class Sudoku:
         """Which of these valid boards are not in the training split: bool (n,)."""
         return held_out(tokens[:, -self.side**2:], self.side)
 
-    def show(self, tokens):
-        """One row of tokens, (seq_len,), as a grid for a terminal; what is no digit is a dot."""
+    def show(self, tokens, mark=lambda place, text: text):
+        """One row of tokens, (seq_len,), as a grid for a terminal. Every token of the answer is
+        shown as mark(place, text); what is no digit is a dot."""
         high, wide = BOX[self.side]
-        text = [str(t + 1) if 0 <= t < self.side else "." for t in tokens[-self.side**2:]]
+        text = [mark(i, str(tokens[i] + 1) if 0 <= tokens[i] < self.side else ".")
+                for i in range(self.prompt_len, self.seq_len)]
         lines = []
         for r in range(self.side):
             row = text[r * self.side:(r + 1) * self.side]
