@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -236,6 +237,7 @@ def diffusion_nats(table, kind, n_latent):
 # 5. decoders ----------------------------------------------------------------------------------
 # One token a step. Both return the filled tokens, (B, T), and the number of forward tokens: how
 # many positions went through the transformer for one puzzle, the honest unit of inference cost.
+# on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
 
 
 def sample(logits, greedy, generator):
@@ -246,7 +248,8 @@ def sample(logits, greedy, generator):
 
 
 @torch.no_grad()
-def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, generator=None):
+def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, generator=None,
+                         on_step=None):
     """AR+MTP with a window of masked tokens, of which only the first is decoded and the others are
     latent; window 0 is AR, which reads what is known and one start slot."""
     B, T = tokens.shape
@@ -261,15 +264,17 @@ def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, genera
             cuts = torch.full((1, 1), cut, device=tokens.device)
             visible = visibility(window_rank(present.shape[1], cuts, window), "joint")
         positions = torch.arange(present.shape[1], device=tokens.device)[None]
-        logits = model(present, positions, visible)[:, cut]                                # (B, V)
-        tokens[:, cut] = sample(logits, greedy, generator)
+        logits = model(present, positions, visible)                            # (B, present, V)
+        tokens[:, cut] = sample(logits[:, cut], greedy, generator)
         forward_tokens += present.shape[1]
+        if on_step:
+            on_step(tokens, positions, logits, cut)
     return tokens, forward_tokens
 
 
 @torch.no_grad()
 def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, greedy=False,
-                     generator=None):
+                     generator=None, on_step=None):
     """Masked diffusion with k latent tokens (MDM: all, SIDM: 0). At every step random masked
     positions are the candidates, k others are latent, and the rest does not go through the model.
     The candidate whose best token is most probable is decoded: top-prob order; with one candidate
@@ -287,20 +292,24 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
         positions = torch.cat([known, unknown[:, c:c + k], unknown[:, :c]], dim=1)
         rank = torch.arange(1 - known.shape[1], k + c + 1, device=tokens.device).clamp(0, k + 1)
         visible = visibility(rank[None], kind)        # known 0, latents 1..k, all candidates k + 1
-        logits = model(tokens.gather(1, positions), positions, visible)[:, -c:]         # (B, c, V)
-        best = logits.softmax(-1).amax(-1).argmax(1, keepdim=True)                         # (B, 1)
-        token = sample(logits.take_along_dim(best[..., None], 1)[:, 0], greedy, generator)
+        logits = model(tokens.gather(1, positions), positions, visible)           # (B, present, V)
+        candidate = logits[:, -c:]                                                      # (B, c, V)
+        best = candidate.softmax(-1).amax(-1).argmax(1, keepdim=True)                      # (B, 1)
+        token = sample(candidate.take_along_dim(best[..., None], 1)[:, 0], greedy, generator)
         place = unknown.gather(1, best)                                                    # (B, 1)
         tokens = tokens.scatter(1, place, token[:, None])
         known = torch.cat([known, place], dim=1)
         unknown = unknown.scatter(1, best, unknown[:, -1:])[:, :-1]    # the last one fills the gap
         forward_tokens += positions.shape[1]
+        if on_step:
+            on_step(tokens, positions, logits, place[0].item())
     return tokens, forward_tokens
 
 
 # 6. training ----------------------------------------------------------------------------------
 
-OF_THE_MODEL = ("task", "size", "givens", "steps", "batch_size", "lr", "layers", "heads", "width")
+OF_THE_MODEL = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr", "layers", "heads",
+                "width")
 CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
 STOP = CONTEXT.Event()           # set by Ctrl-C: every training ends after its step and is saved
 
@@ -425,8 +434,8 @@ def load(path, expected={}):
     except Exception:
         raise RunError(f"{path}: not a checkpoint of latent, or a damaged one") from None
     for name, value in expected.items():
-        if found[name] != value:
-            raise RunError(f"{path}: is a checkpoint with {name} {found[name]}, not {value}")
+        if found.get(name) != value:
+            raise RunError(f"{path}: is a checkpoint with {name} {found.get(name)}, not {value}")
     return saved
 
 
@@ -475,6 +484,8 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--size", help=f"its size and [default]: {sizes}")
     flag("--givens", nargs=2, type=at_least(0), metavar=("FEWEST", "MOST"),
          help="sudoku-puzzle: how many digits a puzzle shows")
+    flag("--prompt", choices=["grid", "list"],
+         help="sudoku-puzzle: a grid with blanks [grid], or a list of cells and digits")
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
@@ -491,6 +502,8 @@ def common_flags(description, tasks, systems, default_systems):
          help="models side by side; 0: up to two a core, or one on a GPU")
     flag("--samples", type=at_least(1), default=1024, help="puzzles in each evaluation")
     flag("--greedy", action="store_true", help="decode the most probable token, do not sample")
+    flag("--watch", action="store_true",
+         help="at the end solve one puzzle step by step and show what every token predicts")
     flag("--out", type=Path, help="folder for all output; if not given out/TASK-SIZE")
     flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     flag("--checkpoint", metavar="FILE", help="train nothing, evaluate this checkpoint")
@@ -511,10 +524,14 @@ def prepare(args, parser, tasks, make_jobs):
         raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}, not "
                        f"{args.size}")
     args.size = args.size or tasks[args.task].default_size
+    options = {name: getattr(args, name) for name in ("givens", "prompt") if getattr(args, name)}
+    for name in options:
+        if name not in getattr(tasks[args.task], "options", ()):
+            raise RunError(f"--{name}: {args.task} has no such option")
     try:
-        task = tasks[args.task](args.size, **({"givens": args.givens} if args.givens else {}))
-    except (TypeError, ValueError) as error:
-        raise RunError(f"--givens: {error}") from None
+        task = tasks[args.task](args.size, **options)
+    except ValueError as error:
+        raise RunError(str(error)) from None
     if args.width % args.heads:
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     args.device = choose_device(args.device)
@@ -637,6 +654,8 @@ def evaluate(task, model, args, job, n_latent, order, decode, nats, minutes):
     filled, right, forward_tokens = solve(task, args, args.samples, job["seed"], "test", decode)
     seconds = time.time() - started
     accuracy = right.mean().item()
+    if args.watch:
+        tqdm.write(watch(task, args, f"{job_name(job)}, latent tokens: {n_latent}", decode))
     unseen = None
     if task.prompt_len == 0 and right.any():           # 10 %: rules were learnt, 0 %: boards
         unseen = task.held_out(filled[right]).mean().item()
@@ -648,6 +667,41 @@ def evaluate(task, model, args, job, n_latent, order, decode, nats, minutes):
             **{name: getattr(args, name) for name in OF_THE_MODEL},
             "params": sum(w.numel() for w in model.parameters()),
             "device": args.device, "torch": torch.__version__}
+
+
+def watch(task, args, title, decode):
+    """Solve one test puzzle, and show as text what every token in every pass predicts."""
+    terminal, frames = sys.stdout.isatty(), []
+
+    def on_step(tokens, positions, logits, place):
+        shown, sure = tokens[0].tolist(), {}
+        for position, probabilities in zip(positions[0].tolist(), logits[0].softmax(-1)):
+            if tokens[0, position] >= task.vocab_size:                          # still a mask
+                shown[position] = probabilities.argmax().item()
+                sure[position] = probabilities.amax().item()
+
+        def mark(position, text):
+            style, cell = 1, f" {text}     "                                    # known: bold
+            if position < task.prompt_len:
+                return text
+            if position == place:
+                style, cell = 7, f"[{text}]    "                                # reversed
+            elif position in sure:
+                style, cell = 2, f" {text} {100 * sure[position]:3.0f}%"          # faint
+            elif shown[position] >= task.vocab_size:
+                style, cell = 0, " " * len(cell)
+            return f"\033[{style}m{cell}\033[0m" if terminal else cell
+
+        frames.append(f"step {len(frames) + 1}: {len(sure)} predicted but not decoded\n"
+                      + task.show(shown, mark))
+
+    puzzle = torch.from_numpy(task.batch(1, np.random.default_rng(args.seeds[0]), "test"))
+    generator = torch.Generator(args.device).manual_seed(args.seeds[0])
+    filled, _ = decode(puzzle.to(args.device), generator=generator, on_step=on_step)
+    verdict = "right" if task.correct(filled.cpu().numpy())[0] else "wrong"
+    legend = ("[x] is decoded in this step; x 83% is predicted, as sure as that, and not decoded; "
+              "what is blank is not in this pass")
+    return "\n\n".join([f"{title}\n{legend}", *frames, f"The answer is {verdict}."])
 
 
 def read_results(folder):
@@ -675,26 +729,29 @@ def summary(results):
         name = " ".join(str(x) for x in (system, r["window"], r["order"]) if x)
         name += " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
-    rows, means = [], ("accuracy", "stderr", "forward_tokens", "ms_per_puzzle", "train_minutes")
+    rows = []
+    means = ("accuracy", "stderr", "nats", "forward_tokens", "ms_per_puzzle", "train_minutes")
     for (name, n_latent), records in sorted(groups.items()):
         row = {key: np.mean([r[key] for r in records]) for key in means}
         if len(records) > 1:
             row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
-        row["excess"] = np.mean([r["nats"] - (r["nats_floor"] or 0) for r in records])
         row["unseen"] = np.mean([math.nan if r["unseen"] is None else r["unseen"] for r in records])
         rows.append({**records[0], **row, "name": name, "seeds": len(records)})
     return rows
 
 
 def table(results):
-    """The summary as text."""
-    lines = ["system                latents   accuracy %   excess nats   forward tokens   ms/puzzle"
-             "   minutes   seeds   unseen %"]
+    """The summary as text. Excess nats are those above the floor, where it is known."""
+    lines = ["system                latents   accuracy %     nats   excess   forward tokens"
+             "   ms/puzzle   minutes   seeds   unseen %"]
     for r in summary(results):
-        accuracy, error, unseen = (100 * r[key] for key in ("accuracy", "stderr", "unseen"))
+        accuracy, error = 100 * r["accuracy"], 100 * r["stderr"]
+        excess = "-" if r["nats_floor"] is None else f"{r['nats'] - r['nats_floor']:.2f}"
+        unseen = "-" if math.isnan(r["unseen"]) else f"{100 * r['unseen']:.1f}"
         lines.append(f"{r['name']:<22}{r['n_latent']:>7}{accuracy:>8.1f} ±{error:>3.1f}"
-                     f"{r['excess']:>14.2f}{r['forward_tokens']:>17.0f}{r['ms_per_puzzle']:>12.2f}"
-                     f"{r['train_minutes']:>10.1f}{r['seeds']:>8}{unseen:>11.1f}")
+                     f"{r['nats']:>9.2f}{excess:>9}{r['forward_tokens']:>17.0f}"
+                     f"{r['ms_per_puzzle']:>12.2f}{r['train_minutes']:>10.1f}{r['seeds']:>8}"
+                     f"{unseen:>11}")
     return "\n".join(lines)
 
 
@@ -718,7 +775,7 @@ def draw(results, path):
                      linestyle="-" if len(rows) > 1 else "", markersize=5 if len(rows) > 1 else 12)
         x, accuracy, error = ([r[key] for r in rows] for key in ("n_latent", "accuracy", "stderr"))
         panels[0].errorbar(x, accuracy, error, **style)
-        panels[1].errorbar(x, [row["excess"] for row in rows], **style)
+        panels[1].errorbar(x, [row["nats"] - (row["nats_floor"] or 0) for row in rows], **style)
         panels[2].errorbar([row["forward_tokens"] for row in rows], accuracy, error, **style)
     for panel in panels[:2]:
         panel.set_xscale("symlog", linthresh=1)
@@ -726,7 +783,7 @@ def draw(results, path):
         panel.set_xticks([], minor=True)
         panel.set_xlabel("latent tokens")
     panels[0].set(ylabel="accuracy", ylim=(0, 1))
-    panels[1].set(ylabel="nats above the floor, for an answer", ylim=(0, None))
+    panels[1].set(ylabel="nats for an answer, above the floor if it is known", ylim=(0, None))
     panels[2].set(xlabel="forward tokens for a puzzle", ylabel="accuracy", ylim=(0, 1))
     panels[0].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)

@@ -55,10 +55,10 @@ def experiment(task, args, job, bar_position):
         return latent.multi_token(tokens, task.prompt_len, model.mask, rng, rng.choice(windows),
                                   loss_on_window=job["system"] == "mtp")
 
-    def decode(tokens, n_latent, generator):
+    def decode(tokens, n_latent, generator, on_step=None):
         window = 0 if job["system"] == "ar" else n_latent + 1
         return latent.decode_left_to_right(model, tokens, task.prompt_len, window, args.greedy,
-                                           generator)
+                                           generator, on_step)
 
     def nats(tokens, rng, n_latent):
         if job["system"] == "ar":

@@ -38,10 +38,10 @@ def experiment(task, args, job, bar_position):
     def objective(tokens, rng):
         return latent.diffusion(tokens, task.prompt_len, model.mask, rng)
 
-    def decode(tokens, n_latent, generator):
+    def decode(tokens, n_latent, generator, on_step=None):
         candidates = args.candidates if args.order == "top-prob" else 1
         return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
-                                       args.greedy, generator)
+                                       args.greedy, generator, on_step)
 
     def table_of(tokens, rng):
         return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng)

@@ -114,21 +114,23 @@ class Sudoku:
 
 
 class SudokuPuzzle(Sudoku):
-    """Complete a puzzle that has exactly one solution. The prompt is the grid with blanks (token
-    `side`), the answer the whole grid. Every puzzle can be solved with two deductions alone, a cell
-    with one digit left and a digit with one cell left in its row, column or box, which proves that
-    its solution is the only one."""
+    """Complete a puzzle that has exactly one solution. The answer is the whole grid; the prompt is
+    the grid with blanks (token `side`), or the list of the givens: cell (tokens from side + 1 on)
+    and digit, in the order of the cells, padded with blanks. Every puzzle can be solved with two
+    deductions alone, a cell with one digit left and a digit with one cell left in its row, column
+    or box, which proves that its solution is the only one."""
 
-    name, default_size = "sudoku-puzzle", "6"
+    name, default_size, options = "sudoku-puzzle", "6", ("givens", "prompt")
 
-    def __init__(self, size=default_size, givens=None):
+    def __init__(self, size=default_size, givens=None, prompt="grid"):
         super().__init__(size)
-        self.givens = givens or GIVENS[self.side]
-        if not 0 <= self.givens[0] <= self.givens[1] <= self.side**2:
-            raise ValueError(f"givens: from 0 to {self.side**2}, fewest first")
-        self.vocab_size = self.side + 1
-        self.prompt_len = self.side**2
-        self.seq_len = 2 * self.side**2
+        cells, self.blank = self.side**2, self.side
+        self.givens, self.prompt = givens or GIVENS[self.side], prompt
+        if not 0 <= self.givens[0] <= self.givens[1] <= cells or self.givens[1] == 0:
+            raise ValueError(f"--givens: from 0 to {cells}, fewest first")
+        self.vocab_size = self.side + 1 + (cells if prompt == "list" else 0)
+        self.prompt_len = 2 * self.givens[1] if prompt == "list" else cells
+        self.seq_len = self.prompt_len + cells
         self.floor_nats = 0.0
         cell_in_unit = (np.arange(self.side**2)[:, None, None] == self.units).any(2)
         self.member = cell_in_unit.astype(np.float32)                        # (cells, 3 * side)
@@ -136,12 +138,20 @@ class SudokuPuzzle(Sudoku):
         np.fill_diagonal(self.peer, False)
 
     def batch(self, n, rng, split):
-        """n puzzles with their solutions, int64 (n, 2 * side * side)."""
+        """n puzzles with their solutions, int64 (n, seq_len)."""
         boards = Sudoku.batch(self, n, rng, split)
         order = rng.random(boards.shape).argsort(1)            # cells are given in this order
         given = self._solvable(boards, order, rng.integers(*self.givens, n, endpoint=True))
-        puzzles = np.concatenate([np.where(given, boards, self.side), boards], axis=1)
-        puzzles = puzzles[given.sum(1) <= self.givens[1]]
+        few = given.sum(1) <= self.givens[1]
+        given, boards = given[few], boards[few]
+        if self.prompt == "grid":
+            prompt = np.where(given, boards, self.blank)
+        else:
+            cell = np.argsort(~given, axis=1, kind="stable")[:, :self.givens[1]]   # givens first
+            pairs = np.stack([self.side + 1 + cell, np.take_along_axis(boards, cell, 1)], axis=2)
+            pairs[~np.take_along_axis(given, cell, 1)] = self.blank
+            prompt = pairs.reshape(len(pairs), -1)
+        puzzles = np.concatenate([prompt, boards], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
         return puzzles
@@ -168,6 +178,16 @@ class SudokuPuzzle(Sudoku):
             left[stuck, cell] = solution[stuck, cell]
             possible = left
 
+    def grid(self, tokens):
+        """The puzzles of tokens, (n, seq_len), as grids with blanks, (n, cells)."""
+        if self.prompt == "grid":
+            return tokens[:, :self.prompt_len]
+        grid = np.full((len(tokens), self.side**2 + 1), self.blank)    # the padding's cell is last
+        cell, digit = tokens[:, :self.prompt_len].reshape(len(tokens), -1, 2).transpose(2, 0, 1)
+        cell = np.where(cell == self.blank, -1, cell - self.side - 1)
+        np.put_along_axis(grid, cell, digit, axis=1)
+        return grid[:, :-1]
+
     def correct(self, tokens):
-        puzzle, board = tokens[:, :self.side**2], tokens[:, self.side**2:]
-        return super().correct(tokens) & ((puzzle == self.side) | (puzzle == board)).all(1)
+        puzzle, board = self.grid(tokens), tokens[:, self.prompt_len:]
+        return super().correct(tokens) & ((puzzle == self.blank) | (puzzle == board)).all(1)
