@@ -312,20 +312,41 @@ OF_THE_MODEL = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr",
                 "width")
 CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
 STOP = CONTEXT.Event()           # set by Ctrl-C: every training ends after its step and is saved
+RANK = int(os.environ.get("RANK", 0))               # torchrun tells which of how many processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))   # this one is; they share every batch
 
 
 class RunError(Exception):
     """What ends a run and can be said in one line. The scripts exit with status 2."""
 
 
+# The three functions that name devices. Everything else runs on any.
+
+
 def choose_device(name):
-    """The one place that names devices: auto is the first of CUDA, MPS and CPU that is there."""
+    """auto is the first of CUDA, MPS and CPU that is there. Under torchrun every process takes a
+    GPU of its own."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     there = [device for device, is_there in there.items() if is_there]
     if name not in ("auto", *there):
         raise RunError(f"--device: no {name} here, only auto, {', '.join(there)}")
-    return there[0] if name == "auto" else name
+    device = there[0] if name == "auto" else name
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def autocast(device):
+    """bf16 for the large products on a GPU that has it, not one that emulates it; else float32."""
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+
+def side_by_side(device):
+    """How many models to train at once: several small ones keep the cores of a CPU busier than
+    several cores one small model."""
+    return 2 * torch.get_num_threads() if device == "cpu" else 1
 
 
 def optimizers(model, lr):
@@ -362,15 +383,20 @@ def train(task, model, objective, decode, args, job, bar_position=0):
         first, seconds, accuracy, best = (saved[x] for x in ("step", "seconds", "accuracy", "best"))
     if args.checkpoint:
         return seconds / 60
+    network = torch.compile(model) if args.compile else model
+    network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
     started = saved_at = time.time()
     bar = tqdm(range(first, args.steps), job_name(job), args.steps, initial=first,
-               position=bar_position, dynamic_ncols=True)
+               position=bar_position, dynamic_ncols=True, disable=RANK > 0)
     for step in bar:
         rng = np.random.default_rng((job["seed"], step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
         batch = (tokens, *objective(tokens, rng))
-        tokens, inputs, rank, weight = (x.to(device, non_blocking=True) for x in batch)
-        loss = (weight * cross_entropy(model, tokens, inputs, rank, KIND[job["system"]])).sum()
+        tokens, inputs, rank, weight = (x[RANK::WORLD_SIZE].to(device, non_blocking=True)
+                                        for x in batch)                  # this process's share
+        with autocast(args.device):
+            ce = cross_entropy(network, tokens, inputs, rank, KIND[job["system"]])
+        loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -381,7 +407,7 @@ def train(task, model, objective, decode, args, job, bar_position=0):
 
         probing = (step + 1) % max(1, args.steps // 10) == 0 or step + 1 == args.steps
         saving = probing or STOP.is_set() or time.time() - saved_at > 60
-        if saving or step % 50 == 0:                        # .item() waits for the device
+        if RANK == 0 and (saving or step % 50 == 0):        # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
                 raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at "
@@ -389,7 +415,7 @@ def train(task, model, objective, decode, args, job, bar_position=0):
             if probing:
                 accuracy = solve(task, args, 64, job["seed"], "train", decode)[1].mean().item()
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.0%}")
-        if saving:
+        if RANK == 0 and saving:
             saved_at, is_best, best = time.time(), accuracy > best, max(best, accuracy)
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
                        "step": step + 1, "seconds": seconds + saved_at - started, "job": job,
@@ -454,7 +480,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse whose complaints are one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, None if RANK else f"{self.prog}: {message}\n")
 
 
 def at_least(least, kind=int):
@@ -498,6 +524,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each seed")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto: the first of cuda, mps, cpu that is there")
+    flag("--compile", action="store_true", help="train with torch.compile")
     flag("--jobs", type=at_least(0), default=0,
          help="models side by side; 0: up to two a core, or one on a GPU")
     flag("--samples", type=at_least(1), default=1024, help="puzzles in each evaluation")
@@ -578,26 +605,36 @@ def start_worker(stop, lock, threads):
 
 
 def run(args, task, jobs, experiment):
-    """Run experiment(task, args, job, bar_position) for every job and merge its records into
-    results.json. On a CPU up to two jobs a core run side by side, each in a process of its own:
-    several small models keep the cores busier than several cores one small model."""
-    results, cores = read_results(args.out), torch.get_num_threads()
-    width = min(len(jobs), args.jobs or (2 * cores if args.device == "cpu" else 1))
-    worker = (STOP, CONTEXT.RLock(), max(1, cores // width))
+    """Run experiment(task, args, job, bar_position) for every job and add its records to
+    results.json: some jobs side by side, each in a process of its own; under torchrun one by one,
+    all processes together."""
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group()
+        for job in jobs:
+            add_results(args.out, experiment(task, args, job, 0))
+        torch.distributed.destroy_process_group()
+        return
+    width = min(len(jobs), args.jobs or side_by_side(args.device))
+    worker = (STOP, CONTEXT.RLock(), max(1, torch.get_num_threads() // width))
     with concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker) as pool:
         futures = [pool.submit(experiment, task, args, job, i % width)
                    for i, job in enumerate(jobs)]
         try:
             for future in concurrent.futures.as_completed(futures):
-                new = {record_key(r): r for r in future.result()}
-                results = [*(r for r in results if record_key(r) not in new), *new.values()]
-                results.sort(key=record_key)
-                text = json.dumps(results, indent=1)
-                write(args.out / "results.json", lambda file: file.write_text(text))
+                add_results(args.out, future.result())
         except BaseException:
             STOP.set()                                         # the neighbours save and end, too
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def add_results(folder, records):
+    """Merge records into the folder's results.json."""
+    new = {record_key(r): r for r in records}
+    results = [*(r for r in read_results(folder) if record_key(r) not in new), *new.values()]
+    text = json.dumps(sorted(results, key=record_key), indent=1)
+    if RANK == 0:
+        write(folder / "results.json", lambda file: file.write_text(text))
 
 
 def main(parser, tasks, make_jobs, experiment):
@@ -610,8 +647,9 @@ def main(parser, tasks, make_jobs, experiment):
     except RunError as error:
         parser.error(str(error))
     results = read_results(args.out)
-    print(table(results))
-    if results:
+    if RANK == 0:
+        print(table(results))
+    if RANK == 0 and results:
         draw(results, args.out / "latents.png")
     parser.exit(status, "Interrupted; --resume goes on from here.\n" if status else None)
 

@@ -1,4 +1,5 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
+import argparse
 import copy
 import itertools
 import json
@@ -19,7 +20,9 @@ import latent
 import train_ar
 import train_diffusion
 from data import TASKS
+from data.countdown import Countdown
 from data.sudoku import Sudoku, fill, units
+from data.zebra import Zebra
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -456,6 +459,160 @@ def test_puzzles_have_one_solution(side):
     other = batch.copy()
     other[:, cells:] = Sudoku(str(side)).batch(20, rng, "train")         # valid, of another puzzle
     assert not task.correct(other).any()
+
+
+def test_givens_as_a_list_are_the_grid():
+    grid, listed = TASKS["sudoku-puzzle"]("6"), TASKS["sudoku-puzzle"]("6", prompt="list")
+    a, b = (task.batch(50, np.random.default_rng(0), "train") for task in (grid, listed))
+    assert (a[:, 36:] == b[:, 36:]).all() and b.shape == (50, listed.seq_len)
+    for puzzle, prompt in zip(a[:, :36], b[:, :36].reshape(50, 18, 2)):
+        pairs = [(7 + cell, digit) for cell, digit in enumerate(puzzle) if digit < 6]
+        assert [tuple(pair) for pair in prompt] == pairs + [(6, 6)] * (18 - len(pairs))
+    assert listed.correct(b).all()
+    swapped = np.concatenate([b[:, :36], np.array([1, 0, 2, 3, 4, 5])[b[:, 36:]]], axis=1)
+    assert not listed.correct(swapped).any()                 # a valid board, but not of this puzzle
+    swapped[:, :36] = 6                                                    # now nothing is given
+    assert listed.correct(swapped).all()
+
+
+def naive_derivation(numbers, target, steps):
+    """Is it one? Plain Python, fractions as they come."""
+    left = list(numbers)
+    for a, sign, b, r in steps:
+        if a not in left or sign not in (101, 102, 103, 104):
+            return False
+        left.remove(a)
+        if b not in left or (sign == 104 and b == 0):
+            return False
+        left.remove(b)
+        if [a + b, a - b, a * b, a / b if b else None][sign - 101] != r or not 0 <= r <= 100:
+            return False
+        left.append(r)
+    return left == [target]
+
+
+def naive_targets(numbers):
+    """All targets that can be reached, by trying everything."""
+    if len(numbers) == 1:
+        return set(numbers)
+    found = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        rest = [x for k, x in enumerate(numbers) if k not in (i, j)]
+        for r in (a + b, a - b, a * b, a // b if b and a % b == 0 else -1):
+            if 0 <= r <= 100:
+                found |= naive_targets([*rest, r])
+    return found
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_countdown_and_its_checker(n):
+    task, rng = Countdown(str(n)), np.random.default_rng(n)
+    problems = {}
+    for split in ("train", "test"):
+        batch = task.batch(300, rng, split)
+        assert batch.shape == (300, 5 * n - 3) and batch.dtype == np.int64
+        assert batch[:, :n].min() >= 1 and batch[:, :n].max() <= 13 and task.correct(batch).all()
+        for row in batch[:{3: 100, 4: 30, 5: 2}[n]].tolist():
+            assert row[n] in naive_targets(row[:n])
+        problems[split] = {(*sorted(row[:n]), row[n]) for row in batch.tolist()}
+    assert not problems["train"] & problems["test"]
+    verdicts = {True: 0, False: 0}
+    for row in batch.tolist():
+        for place, token in itertools.product(range(n + 1, len(row)), [*rng.integers(0, 105, 4)]):
+            changed = [*row[:place], int(token), *row[place + 1:]]
+            steps = [changed[i:i + 4] for i in range(n + 1, len(row), 4)]
+            expected = naive_derivation(changed[:n], changed[n], steps)
+            assert task.correct(np.array([changed]))[0] == expected, changed
+            verdicts[expected] += 1
+    assert min(verdicts.values()) > 0
+    other = np.array([[8, 8, 1, 16, 8, 101, 8, 16, 16, 104, 1, 16],           # another way, right
+                      [8, 8, 1, 16, 8, 103, 1, 8, 8, 101, 8, 16],
+                      [8, 8, 1, 16, 8, 101, 8, 16, 16, 101, 0, 16],           # 0 is not there
+                      [8, 8, 1, 16, 8, 101, 8, 16, 8, 101, 8, 16],            # 8 is used twice
+                      [8, 8, 1, 15, 8, 101, 8, 16, 16, 104, 1, 16]])          # not the target
+    assert Countdown("3").correct(other).tolist() == [True, True, False, False, False]
+
+
+def naive_zebra(task, prompt):
+    """All grids that the clues of a prompt admit, each as a tuple of things, by brute force."""
+    H, first_kind = task.houses, task.things + task.houses
+
+    def admits(clue, house):
+        kind, x, y, z = clue[0] - first_kind, *clue[1:]
+        at = {**house, **{task.things + h: h for h in range(H)}}
+        if kind == 5:
+            return at[x] < at[z] < at[y] or at[y] < at[z] < at[x]
+        if kind == 6:
+            return at[x] in (0, H - 1)
+        return [at[x] == at[y], at[x] != at[y], at[y] - at[x] == 1, at[y] > at[x],
+                at[y] - at[x] in (1, -1), None, None, at[x] == at[y]][kind]
+
+    clues = [c for c in np.reshape(prompt, (-1, 4)).tolist() if c[0] != task.pad]
+    orders = [itertools.permutations(range(a * H, a * H + H)) for a in range(task.attributes)]
+    found = []
+    for grid in itertools.product(*orders):
+        house = {thing: h for row in grid for h, thing in enumerate(row)}
+        if all(admits(clue, house) for clue in clues):
+            found.append(sum(grid, ()))
+    return found, clues
+
+
+@pytest.mark.parametrize("size", ["3x3", "3x4"])
+def test_zebra_has_one_solution_and_no_redundant_clue(size):
+    task, prompts = Zebra(size), {}
+    for split in ("train", "test"):
+        batch = task.batch(40 if size == "3x3" else 3, np.random.default_rng(0), split)
+        assert task.correct(batch).all()
+        prompts[split] = {tuple(row[:task.prompt_len]) for row in batch.tolist()}
+        for row in batch.tolist():
+            prompt, answer = row[:task.prompt_len], row[task.prompt_len:]
+            found, clues = naive_zebra(task, prompt)
+            assert found == [tuple(answer)]
+            counts = [len(naive_zebra(task, clues[:i])[0]) for i in range(len(clues) + 1)]
+            assert all(after < before for before, after in itertools.pairwise(counts))
+            for kind, x, y, _ in clues:
+                assert kind - task.first_kind not in (0, 1, 4, 5) or x < y       # tells nothing
+    assert not prompts["train"] & prompts["test"]
+
+
+def test_zebra_checker_is_brute_force():
+    task = Zebra("3x3")
+    batch = task.batch(30, np.random.default_rng(1), "train")
+    grids = [sum(g, ()) for g in itertools.product(
+        *(itertools.permutations(range(3 * a, 3 * a + 3)) for a in range(3)))]
+    for row in batch:
+        prompt = row[:task.prompt_len].copy()
+        prompt[4 * 3:] = task.pad                       # with three clues several grids are right
+        tokens = np.array([[*prompt, *grid] for grid in grids])
+        expected = set(naive_zebra(task, prompt)[0])
+        assert {grid for grid, right in zip(grids, task.correct(tokens)) if right} == expected
+        broken = np.repeat(row[None], 9 * task.vocab_size, axis=0)
+        for i, (place, token) in enumerate(itertools.product(range(9), range(task.vocab_size))):
+            broken[i, task.prompt_len + place] = token
+        assert (task.correct(broken) == (broken == row).all(1)).all()
+
+
+def test_puzzles_are_shown():
+    assert "9 × 7 = 63" in Countdown("3").show([12, 9, 7, 75, 9, 103, 7, 63, 63, 101, 12, 75])
+    task = Zebra("3x3")
+    row = task.batch(1, np.random.default_rng(0), "train")[0]
+    grid = [line.split() for line in task.show(row).splitlines()[-3:]]
+    assert sorted(grid[0]) == ["blue", "green", "red"] and all(len(set(line)) == 3 for line in grid)
+
+
+def test_watch_shows_every_pass():
+    """What is decoded, latent and absent in each step is what the decoder was told to do."""
+    model, args = small_model(4, 16), argparse.Namespace(device="cpu", seeds=[0])
+
+    def decode(tokens, **more):
+        return latent.decode_any_order(model, tokens, 0, "semicausal", 3, candidates=1, **more)
+
+    frames = latent.watch(Sudoku("4"), args, "title", decode).split("\n\n")[1:-1]
+    assert len(frames) == 16 and "\033" not in "".join(frames)
+    for step, frame in enumerate(frames):
+        assert frame.count("[") == 1 and frame.count("%") == min(3, 15 - step)
+        assert sum(c.isdigit() for c in frame.split("\n", 1)[1].replace("%", "")) >= step + 1
 
 
 # scripts ----------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Countdown:
         return np.concatenate([start, left, np.stack(sum(steps, []), axis=1)], axis=1)
 
     def correct(self, tokens):
-        """Which rows of tokens, (n, seq_len), hold a valid derivation of their target: bool (n,)."""
+        """Which rows of tokens, (n, seq_len), derive their target by the rules: bool (n,)."""
         n, row = len(tokens), np.arange(len(tokens))
         left = np.zeros((n, self.vocab_size), dtype=np.int64)             # how often each is there
         np.add.at(left, (row[:, None], tokens[:, :self.numbers]), 1)
