@@ -377,9 +377,12 @@ def train(task, model, objective, decode, args, job, bar_position=0):
     saved = load(path, {**settings, **job}) if args.resume and path.exists() else None
     saved = load(args.checkpoint) if args.checkpoint else saved
     if saved:
-        model.load_state_dict(saved["model"])
-        for opt, state in zip(opts, saved["optimizers"]):
-            opt.load_state_dict(state)
+        try:
+            model.load_state_dict(saved["model"])
+            for opt, state in zip(opts, saved["optimizers"]):
+                opt.load_state_dict(state)
+        except (RuntimeError, ValueError):
+            raise RunError(f"{args.checkpoint or path}: a damaged checkpoint") from None
         first, seconds, accuracy, best = (saved[x] for x in ("step", "seconds", "accuracy", "best"))
     if args.checkpoint:
         return seconds / 60
@@ -454,7 +457,7 @@ def load(path, expected={}):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = {**saved["settings"], **saved["job"]}
-        saved["model"], saved["optimizers"], saved["step"]
+        [saved[x] for x in ("model", "optimizers", "step", "seconds", "accuracy", "best")]
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint") from None
     except Exception:

@@ -1,10 +1,12 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
 import argparse
+import ast
 import copy
 import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -151,6 +153,40 @@ def test_a_clean_token_never_depends_on_a_masked_one(kind):
             same = (model(tokens, moved, latent.visibility(rank, kind)) == before).all(-1)[0]
             earlier = (rank[0] < rank[0, key]) | (kind == "independent") & (rank[0] != rank[0, key])
             assert (same == earlier).all()
+
+
+def attention_backends():
+    from torch.nn.attention import SDPBackend
+    return [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION]
+
+
+@pytest.mark.parametrize("backend", attention_backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal"])
+def test_every_attention_backend_is_a_naive_softmax(backend, kind):
+    """Forward and backward, with rows that see only themselves; no NaN anywhere."""
+    device = latent.choose_device("auto")
+    rank = torch.tensor([[0, 3, 0, 1, 2, 4], [1, 2, 3, 4, 5, 6], [0, 0, 1, -1, -1, -1]])
+    visible = latent.visibility(rank, kind)
+    assert (visible.sum(-1) == 1).any() or kind == "joint"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = torch.randn(4, 3, 2, 6, 16, generator=generator).unbind()
+    parts = [x.clone().to(device).requires_grad_() for x in (q, k, v)]
+    try:
+        with torch.nn.attention.sdpa_kernel(backend):
+            out = nn.functional.scaled_dot_product_attention(
+                *parts, attn_mask=visible[:, None].to(device))
+            out.backward(upstream.to(device))
+    except RuntimeError as error:
+        assert "No available kernel" in str(error) or "No viable backend" in str(error), error
+        pytest.skip(f"{backend.name} is not available on {device} with boolean masks")
+    naive = [x.double().requires_grad_() for x in (q, k, v)]
+    scores = (naive[0] @ naive[1].transpose(2, 3) / 4).exp() * visible[:, None]
+    expected = scores / scores.sum(-1, keepdim=True) @ naive[2]
+    expected.backward(upstream.double())
+    torch.testing.assert_close(out.cpu(), expected.float(), rtol=1e-4, atol=1e-5)
+    for part, reference in zip(parts, naive):
+        torch.testing.assert_close(part.grad.cpu(), reference.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 # training = decoding ----------------------------------------------------------------------------
@@ -643,6 +679,29 @@ BAD_INPUT = [
     ("train_diffusion.py", "--size 4 --steps 2 --out . --systems scdm", "--resume"),
     ("train_ar.py", "--out foreign.pt", "--out"), ("train_ar.py", "--out other", "results"),
     ("train_ar.py", "--out broken", "results.json"),
+    ("train_ar.py", "--out list", "results.json"), ("train_ar.py", "--out foreign.pt/x", "--out"),
+    ("train_ar.py", "--task zebra --size 5x5", "3x3, 3x4"),
+    ("train_ar.py", "--task countdown --size 6", "3, 4, 5"),
+    ("train_ar.py", "--task countdown --prompt list", "--prompt"),
+    ("train_ar.py", "--task sudoku-puzzle --prompt picture", "--prompt"),
+    ("train_ar.py", "--task sudoku-puzzle --givens 0 0", "--givens"),
+    ("train_ar.py", "--task sudoku-puzzle --givens 1", "--givens"),
+    ("train_ar.py", "--task sudoku-puzzle --size 4 --givens 4 17", "--givens"),
+    ("train_ar.py", "--steps 1.5", "--steps"), ("train_ar.py", "--steps", "--steps"),
+    ("train_ar.py", "--batch-size 0", "--batch-size"), ("train_ar.py", "--samples 0", "--samples"),
+    ("train_ar.py", "--lr inf", "--lr"), ("train_ar.py", "--layers 0", "--layers"),
+    ("train_ar.py", "--heads 0", "--heads"), ("train_ar.py", "--width x", "--width"),
+    ("train_ar.py", "--seeds -1", "--seeds"), ("train_ar.py", "--seeds", "--seeds"),
+    ("train_ar.py", "--jobs -1", "--jobs"), ("train_ar.py", "--sets 3", "--sets"),
+    ("train_ar.py", "--checkpoint .", "not a checkpoint"),
+    ("train_ar.py", "--checkpoint truncated.pt", "truncated.pt"),
+    ("train_ar.py", "--checkpoint code.pt", "code.pt"),
+    ("train_ar.py", "--checkpoint tensor.pt", "tensor.pt"),
+    ("train_diffusion.py", "--checkpoint cut.pt", "cut.pt"),
+    ("train_diffusion.py", "--size 4 --width 16 --steps 2 --resume --systems scdm --out .",
+     "width"),
+    ("train_diffusion.py", "--checkpoint scdm-s0.pt --latents 16", "0 to 15"),
+    ("train_diffusion.py", "--checkpoint scdm-s0.pt --out other", "other"),
 ]
 
 
@@ -654,7 +713,12 @@ def folder(tmp_path_factory):
     assert script("train_diffusion.py", *flags, "--out", folder)[0] == 0
     (folder / "results.json").unlink()
     (folder / "foreign.pt").write_bytes(b"PK not a checkpoint")
-    for name, text in ("other", '[{"task": "chess"}]'), ("broken", '{"accuracy"'):
+    (folder / "truncated.pt").write_bytes((folder / "scdm-s0.pt").read_bytes()[:5000])
+    saved = latent.load(folder / "scdm-s0.pt")
+    torch.save({**saved, "model": Path("a class")}, folder / "code.pt")
+    torch.save(torch.zeros(3), folder / "tensor.pt")
+    torch.save({**saved, "model": {"token.weight": torch.zeros(3)}}, folder / "cut.pt")
+    for name, text in ("other", '[{"task": "chess"}]'), ("broken", '{"accuracy"'), ("list", "3"):
         (folder / name).mkdir()
         (folder / name / "results.json").write_text(text)
     return folder
@@ -664,6 +728,7 @@ def folder(tmp_path_factory):
 def test_bad_input_gets_one_line(folder, monkeypatch, capsys, name, flags, message):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    latent.STOP.clear()                            # an earlier run of this process may have set it
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     script_module = {"train_ar.py": train_ar, "train_diffusion.py": train_diffusion}[name]
     with pytest.raises(SystemExit) as stop:
@@ -673,10 +738,11 @@ def test_bad_input_gets_one_line(folder, monkeypatch, capsys, name, flags, messa
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def script(name, *flags, wait=True):
+def script(name, *flags, wait=True, launcher=()):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, HERE / name, *map(str, flags)], env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, *launcher, str(HERE / name), *map(str, flags)]
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     if not wait:
         return process
     out, err = process.communicate(timeout=170)
@@ -716,3 +782,138 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     whole, cut = (latent.load(tmp_path / x / "scdm-s0.pt")["model"] for x in ("whole", "cut"))
     assert all(whole[name].equal(cut[name]) for name in whole)
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
+
+
+def arguments(*flags):
+    """The arguments of train_diffusion.py with a tiny task, checked, and that task."""
+    parser = train_diffusion.flags()
+    args = parser.parse_args([*TINY, *map(str, flags)])
+    task, _ = latent.prepare(args, parser, TASKS, train_diffusion.jobs)
+    return args, task
+
+
+def train_once(args, task, job, spoil=lambda step: 1.0):
+    """Train MDM without a script, its weights multiplied by spoil(step)."""
+    model, steps = latent.new_model(task, args, job["seed"]), itertools.count()
+
+    def objective(tokens, rng):
+        inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng)
+        return inputs, rank, weight * spoil(next(steps))
+
+    def decode(tokens, generator):
+        return latent.decode_any_order(model, tokens, 0, "joint", 15, generator=generator)
+
+    latent.train(task, model, objective, decode, args, job)
+
+
+JOB = {"system": "mdm", "window": None, "seed": 0}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    latent.STOP.clear()
+    args, task = arguments("--out", tmp_path)
+    with pytest.raises(latent.RunError) as stop:
+        train_once(args, task, JOB, lambda step: math.nan if step == 5 else 1.0)
+    for text in ("loss nan", "step 5", "learning rate 0.0003", f"good checkpoint is {tmp_path}"):
+        assert text in str(stop.value)
+    saved = latent.load(tmp_path / "mdm-s0.pt")
+    assert saved["step"] == 5
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+@pytest.mark.parametrize("trouble", ["full disk", "torn file", "vanished folder"])
+def test_what_was_saved_stays(tmp_path, monkeypatch, trouble):
+    latent.STOP.clear()
+    folder = tmp_path / "out"
+    args, task = arguments("--out", folder)
+    train_once(args, task, JOB)
+    before = (folder / "mdm-s0.pt").read_bytes()
+
+    def save(content, file):
+        if trouble == "torn file":
+            Path(file).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    if trouble == "vanished folder":
+        folder.rename(tmp_path / "elsewhere")
+    else:
+        monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(latent.RunError, match="--out: cannot write") as stop:
+        train_once(args, task, JOB)
+    assert "\n" not in str(stop.value)
+    folder = tmp_path / "elsewhere" if trouble == "vanished folder" else folder
+    assert (folder / "mdm-s0.pt").read_bytes() == before
+    assert latent.load(folder / "mdm-s0.pt")["step"] == args.steps
+
+
+def test_two_processes_are_one(tmp_path):
+    """Data-parallel training ends with the weights of one process with the same total batch, and
+    one of the two writes and prints."""
+    flags = [*TINY, "--systems", "scdm", "--seeds", "0", "--steps", "20"]
+    assert script("train_diffusion.py", *flags, "--out", tmp_path / "one")[0] == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    status, out, err = script("train_diffusion.py", *flags, "--out", tmp_path / "two",
+                              launcher=torchrun)
+    assert status == 0 and out.count("system ") == 1, err
+    one, two = (latent.load(tmp_path / x / "scdm-s0.pt")["model"] for x in ("one", "two"))
+    for name in one:                           # Muon computes in bf16, so the last digits differ
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
+    assert len(results(tmp_path / "two")) == 3
+
+
+def test_one_place_names_devices():
+    names, allowed = {"cuda", "mps", "cpu"}, {"choose_device", "autocast", "side_by_side", "load"}
+    for path in (HERE / "latent.py", *HERE.glob("train_*.py"), *HERE.glob("data/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if getattr(node, "name", None) in allowed:
+                continue
+            found = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)
+                     and isinstance(x.value, str)}
+            found |= {x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)} - {"cpu"}
+            if getattr(node, "name", None) != "common_flags":               # the flag's choices
+                assert not found & names, (path, node.lineno)
+            assert not {"float64", "double", "bfloat16", "half"} & found or "data" in str(path)
+
+
+def test_checkpoints_refuse_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+    torch.save({"model": Attack()}, tmp_path / "bad.pt")
+    with pytest.raises(latent.RunError):
+        latent.load(tmp_path / "bad.pt")
+    assert not (tmp_path / "attacked").exists()
+
+
+# long: python -m pytest test_latent.py -m long -----------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name,size", [(name, size) for name, task in TASKS.items()
+                                       for size in task.sizes])
+def test_long_haul_of_every_generator(name, size):
+    task, rng = TASKS[name](size), np.random.default_rng(1)
+    total = 1_000_000 if name == "sudoku" else 100_000
+    started = time.time()
+    for _ in range(total // 10_000):
+        batch = task.batch(10_000, rng, "train")
+        assert batch.shape == (10_000, task.seq_len) and task.correct(batch).all()
+        assert batch.min() >= 0 and batch.max() < task.vocab_size
+    seconds = time.time() - started
+    print(f"\n{name} {size}: {total:,} generated and checked in {seconds:.0f} s")
+
+
+@pytest.mark.long
+def test_memory_is_flat(tmp_path):
+    latent.STOP.clear()
+    args, task = arguments("--out", tmp_path, "--steps", 5000)
+    peaks = []
+
+    def peak(step):
+        if step in (500, 4999):
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return 1.0
+
+    train_once(args, task, JOB, peak)
+    print(f"\npeak memory in KiB after 500 steps {peaks[0]}, after 5,000 {peaks[1]}")
+    assert peaks[1] < 1.05 * peaks[0]

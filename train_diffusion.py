@@ -18,8 +18,9 @@ def flags():
     parser = latent.common_flags(__doc__, TASKS, systems, systems)
     parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
                         help="decode the most certain of some candidates, or a random position")
-    parser.add_argument("--candidates", type=latent.at_least(1), default=8,
-                        help="random positions to choose from in top-prob order")
+    parser.add_argument("--candidates", type=latent.at_least(1),
+                        help="random positions to choose from in top-prob order; if not given 8, "
+                        "or a quarter of the answer, so that enough positions can be latent")
     return parser
 
 
@@ -39,7 +40,8 @@ def experiment(task, args, job, bar_position):
         return latent.diffusion(tokens, task.prompt_len, model.mask, rng)
 
     def decode(tokens, n_latent, generator, on_step=None):
-        candidates = args.candidates if args.order == "top-prob" else 1
+        candidates = args.candidates or max(1, min(8, (most + 1) // 4))
+        candidates = candidates if args.order == "top-prob" else 1
         return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
                                        args.greedy, generator, on_step)
 
