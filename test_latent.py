@@ -629,6 +629,14 @@ def test_zebra_checker_is_brute_force():
         assert (task.correct(broken) == (broken == row).all(1)).all()
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_batches_of_any_size(name):
+    task, rng = TASKS[name](), np.random.default_rng(0)
+    for n in [1] * 50 + [2, 3, 5, 65]:
+        for split in ("train", "test"):
+            assert task.correct(task.batch(n, rng, split)).tolist() == [True] * n
+
+
 def test_puzzles_are_shown():
     assert "9 × 7 = 63" in Countdown("3").show([12, 9, 7, 75, 9, 103, 7, 63, 63, 101, 12, 75])
     task = Zebra("3x3")
@@ -742,10 +750,14 @@ def script(name, *flags, wait=True, launcher=()):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(HERE / name), *map(str, flags)]
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, start_new_session=True)
     if not wait:
         return process
-    out, err = process.communicate(timeout=170)
+    try:
+        out, err = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)             # with all that it started
+        raise
     return process.returncode, out, err
 
 
@@ -775,6 +787,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     path = tmp_path / "cut" / "scdm-s0.pt"
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
+    time.sleep(np.random.default_rng().random() / 2)                      # at any of its next steps
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)            # the pipes close when its workers have ended, too
     assert 0 < latent.load(path)["step"] < 400
@@ -885,7 +898,7 @@ def test_checkpoints_refuse_code(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
-# long: python -m pytest test_latent.py -m long -----------------------------------------------------
+# long: python -m pytest test_latent.py -m long -------------------------------------------------
 
 
 @pytest.mark.long
@@ -917,3 +930,59 @@ def test_memory_is_flat(tmp_path):
     train_once(args, task, JOB, peak)
     print(f"\npeak memory in KiB after 500 steps {peaks[0]}, after 5,000 {peaks[1]}")
     assert peaks[1] < 1.05 * peaks[0]
+
+
+# bench: python -m pytest test_latent.py -m bench -s --------------------------------------------
+
+
+def rate(act, seconds=2.0):
+    """How often act() runs in a second, after a warm-up."""
+    act()
+    started, times = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        act()
+        times += 1
+    return times / (time.perf_counter() - started)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("side", ["4", "6", "9"])
+def test_bench(side):
+    """Steps per second, the share of the machine's matmul rate in float32 (counting 6 x parameters
+    of the blocks x tokens), milliseconds and forward tokens per puzzle (uniform order)."""
+    task, A, B = Sudoku(side), int(side) ** 2, 64
+    large = torch.randn(1024, 1024)
+    peak = max(rate(lambda: large @ large, 0.5) for _ in range(3)) * 2 * 1024**3
+    print(f"\nside {side}, batch {B}, one thread, matmul {peak / 1e9:.0f} GFLOP/s")
+    print("system      steps/s  share %   tokens  ms/puzzle  us/token")
+    for system, latents in [("ar", 0), ("mtp", A - 1), ("mdm", A - 1), ("sidm", 0),
+                            *(("scdm", k) for k in (0, 8, A - 1))]:
+        model = latent.Transformer(latent.Config(task.vocab_size, A))
+        opts, rng = latent.optimizers(model, 1e-3), np.random.default_rng(0)
+
+        def step():
+            tokens = torch.from_numpy(task.batch(B, rng, "train"))
+            if system == "ar":
+                inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
+            elif system == "mtp":
+                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A)
+            else:
+                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng)
+            ce = latent.cross_entropy(model, tokens, inputs, rank, latent.KIND[system])
+            (weight * ce).sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+
+        def decode():
+            tokens = torch.zeros(64, A, dtype=torch.long)
+            if system in ("ar", "mtp"):
+                window = 0 if system == "ar" else latents + 1
+                return latent.decode_left_to_right(model, tokens, 0, window)[1]
+            return latent.decode_any_order(model, tokens, 0, latent.KIND[system], latents, 1)[1]
+
+        steps, tokens, puzzles = rate(step), decode(), 64 * rate(decode)
+        flop = 6 * sum(w.numel() for w in model.blocks.parameters()) * B * A
+        print(f"{system + ' ' + str(latents):<10}{steps:9.1f}{100 * flop * steps / peak:9.0f}"
+              f"{tokens:9}{1000 / puzzles:11.2f}{1e6 / puzzles / tokens:10.2f}")

@@ -95,11 +95,12 @@ class Zebra:
         others = np.tile(np.arange(self.things, self.vocab_size), (len(chosen), 1))
         clues = self.table[chosen]                                            # (n, places, 4)
         names = np.concatenate([answer, others], axis=1)[:, None]             # (n, 1, vocab_size)
-        clues = np.take_along_axis(names, clues.reshape(len(chosen), 1, -1), axis=2)
+        clues = np.take_along_axis(names, clues.reshape(len(chosen), 1, self.prompt_len),
+                                   axis=2)
         clues = clues.reshape(len(chosen), self.clues, 4)
         swap = np.isin(clues[..., 0] - self.first_kind, SYMMETRIC) & (clues[..., 1] > clues[..., 2])
         clues[swap] = clues[swap][:, [0, 2, 1, 3]]       # or their order would tell who is left
-        puzzles = np.concatenate([clues.reshape(len(chosen), -1), answer], axis=1)
+        puzzles = np.concatenate([clues.reshape(len(chosen), self.prompt_len), answer], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
         return puzzles
