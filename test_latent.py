@@ -629,9 +629,10 @@ def test_zebra_checker_is_brute_force():
         assert (task.correct(broken) == (broken == row).all(1)).all()
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_batches_of_any_size(name):
-    task, rng = TASKS[name](), np.random.default_rng(0)
+@pytest.mark.parametrize("name,options", [*((name, {}) for name in TASKS),
+                                          ("sudoku-puzzle", {"prompt": "list"})])
+def test_batches_of_any_size(name, options):
+    task, rng = TASKS[name](**options), np.random.default_rng(0)
     for n in [1] * 50 + [2, 3, 5, 65]:
         for split in ("train", "test"):
             assert task.correct(task.batch(n, rng, split)).tolist() == [True] * n

@@ -150,7 +150,7 @@ class SudokuPuzzle(Sudoku):
             cell = np.argsort(~given, axis=1, kind="stable")[:, :self.givens[1]]   # givens first
             pairs = np.stack([self.side + 1 + cell, np.take_along_axis(boards, cell, 1)], axis=2)
             pairs[~np.take_along_axis(given, cell, 1)] = self.blank
-            prompt = pairs.reshape(len(pairs), -1)
+            prompt = pairs.reshape(len(pairs), self.prompt_len)
         puzzles = np.concatenate([prompt, boards], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
