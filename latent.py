@@ -649,6 +649,8 @@ def main(parser, tasks, make_jobs, experiment):
         status = 130
     except RunError as error:
         parser.error(str(error))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        parser.error(f"--compile: {str(error).splitlines()[0]}")
     results = read_results(args.out)
     if RANK == 0:
         print(table(results))
