@@ -903,21 +903,6 @@ def test_checkpoints_refuse_code(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name,size", [(name, size) for name, task in TASKS.items()
-                                       for size in task.sizes])
-def test_long_haul_of_every_generator(name, size):
-    task, rng = TASKS[name](size), np.random.default_rng(1)
-    total = 1_000_000 if name == "sudoku" else 100_000
-    started = time.time()
-    for _ in range(total // 10_000):
-        batch = task.batch(10_000, rng, "train")
-        assert batch.shape == (10_000, task.seq_len) and task.correct(batch).all()
-        assert batch.min() >= 0 and batch.max() < task.vocab_size
-    seconds = time.time() - started
-    print(f"\n{name} {size}: {total:,} generated and checked in {seconds:.0f} s")
-
-
-@pytest.mark.long
 def test_memory_is_flat(tmp_path):
     latent.STOP.clear()
     args, task = arguments("--out", tmp_path, "--steps", 5000)
@@ -931,6 +916,21 @@ def test_memory_is_flat(tmp_path):
     train_once(args, task, JOB, peak)
     print(f"\npeak memory in KiB after 500 steps {peaks[0]}, after 5,000 {peaks[1]}")
     assert peaks[1] < 1.05 * peaks[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name,size", [(name, size) for name, task in TASKS.items()
+                                       for size in task.sizes])
+def test_long_haul_of_every_generator(name, size):
+    task, rng = TASKS[name](size), np.random.default_rng(1)
+    total = 1_000_000 if name == "sudoku" else 100_000
+    started = time.time()
+    for _ in range(total // 10_000):
+        batch = task.batch(10_000, rng, "train")
+        assert batch.shape == (10_000, task.seq_len) and task.correct(batch).all()
+        assert batch.min() >= 0 and batch.max() < task.vocab_size
+    seconds = time.time() - started
+    print(f"\n{name} {size}: {total:,} generated and checked in {seconds:.0f} s")
 
 
 # bench: python -m pytest test_latent.py -m bench -s --------------------------------------------
