@@ -407,10 +407,12 @@ def train(task, model, objective, decode, args, job, bar_position=0):
                 group["lr"] = args.lr * schedule(step, args.steps)
             opt.step()
             opt.zero_grad()
+        if RANK > 0:
+            continue                                # the first process checks, saves and shows
 
         probing = (step + 1) % max(1, args.steps // 10) == 0 or step + 1 == args.steps
         saving = probing or STOP.is_set() or time.time() - saved_at > 60
-        if RANK == 0 and (saving or step % 50 == 0):        # .item() waits for the device
+        if saving or step % 50 == 0:                        # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
                 raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at "
@@ -418,7 +420,7 @@ def train(task, model, objective, decode, args, job, bar_position=0):
             if probing:
                 accuracy = solve(task, args, 64, job["seed"], "train", decode)[1].mean().item()
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.0%}")
-        if RANK == 0 and saving:
+        if saving:
             saved_at, is_best, best = time.time(), accuracy > best, max(best, accuracy)
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
                        "step": step + 1, "seconds": seconds + saved_at - started, "job": job,
@@ -614,7 +616,9 @@ def run(args, task, jobs, experiment):
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         for job in jobs:
-            add_results(args.out, experiment(task, args, job, 0))
+            records = experiment(task, args, job, 0)
+            if RANK == 0:
+                add_results(args.out, records)
         torch.distributed.destroy_process_group()
         return
     width = min(len(jobs), args.jobs or side_by_side(args.device))
@@ -636,8 +640,7 @@ def add_results(folder, records):
     new = {record_key(r): r for r in records}
     results = [*(r for r in read_results(folder) if record_key(r) not in new), *new.values()]
     text = json.dumps(sorted(results, key=record_key), indent=1)
-    if RANK == 0:
-        write(folder / "results.json", lambda file: file.write_text(text))
+    write(folder / "results.json", lambda file: file.write_text(text))
 
 
 def main(parser, tasks, make_jobs, experiment):
@@ -651,11 +654,11 @@ def main(parser, tasks, make_jobs, experiment):
         parser.error(str(error))
     except torch._dynamo.exc.TorchDynamoException as error:
         parser.error(f"--compile: {str(error).splitlines()[0]}")
-    results = read_results(args.out)
     if RANK == 0:
+        results = read_results(args.out)
         print(table(results))
-    if RANK == 0 and results:
-        draw(results, args.out / "latents.png")
+        if results:
+            draw(results, args.out / "latents.png")
     parser.exit(status, "Interrupted; --resume goes on from here.\n" if status else None)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import latent
 import train_ar
@@ -28,6 +29,12 @@ from data.zebra import Zebra
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def not_stopped():
+    """An earlier run in this process may have set STOP."""
+    latent.STOP.clear()
 
 
 def small_model(vocab_size=4, seq_len=12, seed=0):
@@ -155,13 +162,9 @@ def test_a_clean_token_never_depends_on_a_masked_one(kind):
             assert (same == earlier).all()
 
 
-def attention_backends():
-    from torch.nn.attention import SDPBackend
-    return [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.CUDNN_ATTENTION]
-
-
-@pytest.mark.parametrize("backend", attention_backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION,
+                                     SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION],
+                         ids=lambda backend: backend.name)
 @pytest.mark.parametrize("kind", ["joint", "independent", "semicausal"])
 def test_every_attention_backend_is_a_naive_softmax(backend, kind):
     """Forward and backward, with rows that see only themselves; no NaN anywhere."""
@@ -173,7 +176,7 @@ def test_every_attention_backend_is_a_naive_softmax(backend, kind):
     q, k, v, upstream = torch.randn(4, 3, 2, 6, 16, generator=generator).unbind()
     parts = [x.clone().to(device).requires_grad_() for x in (q, k, v)]
     try:
-        with torch.nn.attention.sdpa_kernel(backend):
+        with sdpa_kernel(backend):
             out = nn.functional.scaled_dot_product_attention(
                 *parts, attn_mask=visible[:, None].to(device))
             out.backward(upstream.to(device))
@@ -737,7 +740,6 @@ def folder(tmp_path_factory):
 def test_bad_input_gets_one_line(folder, monkeypatch, capsys, name, flags, message):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *flags.split()])
-    latent.STOP.clear()                            # an earlier run of this process may have set it
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     script_module = {"train_ar.py": train_ar, "train_diffusion.py": train_diffusion}[name]
     with pytest.raises(SystemExit) as stop:
@@ -824,7 +826,6 @@ JOB = {"system": "mdm", "window": None, "seed": 0}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    latent.STOP.clear()
     args, task = arguments("--out", tmp_path)
     with pytest.raises(latent.RunError) as stop:
         train_once(args, task, JOB, lambda step: math.nan if step == 5 else 1.0)
@@ -837,7 +838,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["full disk", "torn file", "vanished folder"])
 def test_what_was_saved_stays(tmp_path, monkeypatch, trouble):
-    latent.STOP.clear()
     folder = tmp_path / "out"
     args, task = arguments("--out", folder)
     train_once(args, task, JOB)
@@ -904,7 +904,6 @@ def test_checkpoints_refuse_code(tmp_path):
 
 @pytest.mark.long
 def test_memory_is_flat(tmp_path):
-    latent.STOP.clear()
     args, task = arguments("--out", tmp_path, "--steps", 5000)
     peaks = []
 

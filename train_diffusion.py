@@ -34,14 +34,15 @@ def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     kind, most = latent.KIND[job["system"]], task.seq_len - task.prompt_len - 1
     sweep = {"mdm": [most], "sidm": [0], "scdm": args.latents}[job["system"]]
+    candidates = args.candidates or max(1, min(8, (most + 1) // 4))
+    if args.order == "uniform":
+        candidates = 1
     model = latent.new_model(task, args, job["seed"])
 
     def objective(tokens, rng):
         return latent.diffusion(tokens, task.prompt_len, model.mask, rng)
 
     def decode(tokens, n_latent, generator, on_step=None):
-        candidates = args.candidates or max(1, min(8, (most + 1) // 4))
-        candidates = candidates if args.order == "top-prob" else 1
         return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
                                        args.greedy, generator, on_step)
 

@@ -55,8 +55,8 @@ class Zebra:
         home, homes = self._homes(solution[None]), self._homes(grids[(grids != solution).any(1)])
         true = np.array([clue for clue in self._all_clues() if self._rule(clue, home)[0]])
         self.table = np.concatenate([np.full((1, 4), self.pad), true])    # clue 0 is the padding
-        self.admits = np.stack([np.packbits(self._rule(clue, homes)) for clue in true])
-        self.admits = np.concatenate([self.admits[:1] | 255, self.admits])
+        everything = np.packbits(np.ones(homes.shape[1], dtype=bool))
+        self.admits = np.stack([everything, *(np.packbits(self._rule(c, homes)) for c in true)])
         kinds = true[:, 0] - self.first_kind
         self.first = 1 + np.searchsorted(kinds, np.arange(len(RULES)))
         self.count = np.bincount(kinds)
@@ -93,11 +93,9 @@ class Zebra:
         names += self.houses * np.arange(self.attributes)[:, None]
         answer = names.reshape(len(chosen), self.things)
         others = np.tile(np.arange(self.things, self.vocab_size), (len(chosen), 1))
-        clues = self.table[chosen]                                            # (n, places, 4)
-        names = np.concatenate([answer, others], axis=1)[:, None]             # (n, 1, vocab_size)
-        clues = np.take_along_axis(names, clues.reshape(len(chosen), 1, self.prompt_len),
-                                   axis=2)
-        clues = clues.reshape(len(chosen), self.clues, 4)
+        names = np.concatenate([answer, others], axis=1)                        # (n, vocab_size)
+        clues = self.table[chosen].reshape(len(chosen), self.prompt_len)
+        clues = np.take_along_axis(names, clues, axis=1).reshape(len(chosen), self.clues, 4)
         swap = np.isin(clues[..., 0] - self.first_kind, SYMMETRIC) & (clues[..., 1] > clues[..., 2])
         clues[swap] = clues[swap][:, [0, 2, 1, 3]]       # or their order would tell who is left
         puzzles = np.concatenate([clues.reshape(len(chosen), self.prompt_len), answer], axis=1)
