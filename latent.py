@@ -49,13 +49,20 @@ def visibility(rank, kind):
         return (key >= 0) | itself
     if kind == "independent":         # SIDM: masked tokens do not see each other
         return clean | itself
-    if kind == "semicausal":          # SCDM; AR too, where every token's rank is its position
+    if kind == "semicausal":          # SCDM: a masked token sees those before it in the chain
         return clean | earlier | itself
+    if kind == "causal":              # AR: no token is 0, every rank says when it becomes known
+        return (0 < key) & (key <= query) | itself
     raise ValueError(f"unknown kind of visibility: {kind}")
 
 
-KIND = {"ar": "semicausal", "mtp": "joint", "control": "joint",
-        "mdm": "joint", "sidm": "independent", "scdm": "semicausal"}
+KIND = {"ar": "causal", "mtp": "joint", "control": "joint", "mtp-causal": "causal",
+        "mdm": "joint", "sidm": "independent", "scdm": "semicausal", "scdm-causal": "semicausal"}
+
+# Systems in which a known token sees only what became known before it: all have distinct ranks,
+# 1, 2, ... in this order, and the masked ones come last. Nothing that is decoded later changes a
+# known token's keys and values, so decoders can cache them.
+CACHEABLE = ("ar", "mtp-causal", "scdm-causal")
 
 
 # 2. the transformer ---------------------------------------------------------------------------
@@ -83,13 +90,15 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, 4 * config.width, bias=False)
         self.mlp_out = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x, visible):
+    def forward(self, x, visible, past=None):
         B, T, C = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))).square())
+        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))).square()), (k, v)
 
 
 class Transformer(nn.Module):
@@ -111,13 +120,19 @@ class Transformer(nn.Module):
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, tokens, positions, visible):
+    def forward(self, tokens, positions, visible, cache=None, n_known=0):
         """tokens (B, T), positions (B, T) or (1, T), visible (B, T, T) or (1, T, T) bool ->
         logits (B, T, vocab_size). Positions are explicit: trimmed or reordered, a token keeps
-        the position that it has in the full sequence."""
+        the position that it has in the full sequence.
+
+        A decoder may pass a `cache`, at first {}: the keys and values of S tokens from earlier
+        passes. They go before those of this pass, visible is (B or 1, T, S + T), and of all S + T
+        the first `n_known` are kept for the next pass."""
         x = self.token(tokens) + self.position(positions)                               # (B, T, C)
-        for block in self.blocks:
-            x = block(x, visible[:, None])                      # one mask for all heads
+        for i, block in enumerate(self.blocks):
+            x, (k, v) = block(x, visible[:, None], cache and cache.get(i))     # one mask, all heads
+            if cache is not None:
+                cache[i] = k[:, :, :n_known], v[:, :, :n_known]
         return self.output(self.norm(x))                                       # (B, T, vocab_size)
 
 
@@ -144,26 +159,27 @@ def next_token(tokens, prompt_len, mask):
     return inputs, rank, weight / weight.sum()
 
 
-def multi_token(tokens, prompt_len, mask, rng, window, loss_on_window=True):
+def multi_token(tokens, prompt_len, mask, rng, window, loss_on_window=True, causal=False):
     """AR+MTP: the answer is cut at a random place. Before the cut it is clean, the next `window`
     tokens are masked, the rest is absent. Only the first masked token will ever be decoded, the
     others are latent. The control, loss_on_window=False, has them but does not train them."""
     B, T = tokens.shape
     cut = prompt_len + stratified(B, T - prompt_len, rng)                                  # (B, 1)
-    rank = window_rank(T, cut, window)
-    weight = (rank > 0 if loss_on_window else rank == 1).float()
-    return torch.where(rank == 0, tokens, mask), rank, weight / weight.sum()
+    rank, masked = window_rank(T, cut, window, causal)
+    place = torch.arange(T)
+    weight = (masked if loss_on_window else place == cut).float()
+    return torch.where(place < cut, tokens, mask), rank, weight / weight.sum()
 
 
-def diffusion(tokens, prompt_len, mask, rng):
+def diffusion(tokens, prompt_len, mask, rng, causal=False):
     """Masked diffusion: m of the answer's A tokens, m uniform in 1..A, are masked, in a random
     order. The plain mean over all masked tokens has the same minimiser as the ELBO, which weights
     each sequence's sum by A / m, and less variance."""
     B, T = tokens.shape
     m = 1 + stratified(B, T - prompt_len, rng)                                             # (B, 1)
-    rank = random_rank(B, T, prompt_len, m, rng)
-    weight = (rank > 0).float()
-    return torch.where(rank == 0, tokens, mask), rank, weight / weight.sum()
+    rank, masked = random_rank(B, T, prompt_len, m, rng, causal)
+    weight = masked.float()
+    return torch.where(masked, mask, tokens), rank, weight / weight.sum()
 
 
 def stratified(B, n, rng):
@@ -172,16 +188,25 @@ def stratified(B, n, rng):
     return torch.from_numpy(((np.arange(B) + rng.random()) * n / B).astype(np.int64))[:, None]
 
 
-def window_rank(T, cut, window):
-    """Ranks (B, T) for cuts (B, 1): 0 before the cut, 1..window from there on, then -1, absent."""
+def window_rank(T, cut, window, causal=False):
+    """For cuts (B, 1) the ranks, and which tokens are masked, both (B, T): rank 0 before the cut,
+    1..window from there on, then -1, absent. Causal: the position, 1, 2, ..., before the cut, and
+    one rank for the whole window, the next."""
     ahead = torch.arange(1, T + 1, device=cut.device) - cut
-    return torch.where(ahead <= window, ahead.clamp(min=0), -1)
+    rank = (ahead.clamp(max=1) + cut) if causal else ahead.clamp(min=0)
+    return torch.where(ahead <= window, rank, -1), (0 < ahead) & (ahead <= window)
 
 
-def random_rank(B, T, prompt_len, m, rng):
-    """Ranks (B, T): 0 for the prompt, and for the answer 1..m at m random places, 0 elsewhere."""
-    order = 1 + torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))   # shuffled 1, 2, ...
-    return F.pad(torch.where(order <= m, order, 0), (prompt_len, 0))
+def random_rank(B, T, prompt_len, m, rng, causal=False):
+    """Ranks, and which tokens are masked, both (B, T): ranks 1..m at m random places of the
+    answer, 0 for the rest and the prompt. Causal: 1, 2, ... for the prompt, then for the rest of
+    the answer in a random order, then for the masked tokens."""
+    order = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))   # shuffled 0, 1, 2, ...
+    masked = F.pad(order < m, (prompt_len, 0))
+    if not causal:
+        return F.pad((order + 1) * (order < m), (prompt_len, 0)), masked
+    prompt = torch.arange(1, prompt_len + 1).expand(B, prompt_len)
+    return torch.cat([prompt, prompt_len + 1 + (order - m) % (T - prompt_len)], dim=1), masked
 
 
 # 4. nats --------------------------------------------------------------------------------------
@@ -194,32 +219,35 @@ def random_rank(B, T, prompt_len, m, rng):
 def next_token_nats(model, tokens, prompt_len):
     """AR's nats for an answer: the sum of its next-token cross-entropies. A mean over tokens."""
     inputs, rank, _ = next_token(tokens, prompt_len, model.mask)
-    ce = cross_entropy(model, tokens, inputs, rank, "semicausal")
+    ce = cross_entropy(model, tokens, inputs, rank, KIND["ar"])
     return ce[:, prompt_len:].sum(1).mean().item()
 
 
 @torch.no_grad()
-def multi_token_nats(model, tokens, prompt_len, window):
+def multi_token_nats(model, tokens, prompt_len, window, causal=False):
     """AR+MTP's nats for an answer: at every cut, the cross-entropy of the next token."""
     nats = 0.0
     for cut in range(prompt_len, tokens.shape[1]):
         present = tokens[:, :cut + window]
-        rank = window_rank(present.shape[1], torch.tensor([[cut]], device=tokens.device), window)
-        inputs = torch.where(rank == 0, present, model.mask)
-        nats += cross_entropy(model, present, inputs, rank, "joint")[:, cut].mean().item()
+        cuts = torch.tensor([[cut]], device=tokens.device)
+        rank, masked = window_rank(present.shape[1], cuts, window, causal)
+        inputs = torch.where(masked, model.mask, present)
+        ce = cross_entropy(model, present, inputs, rank, "causal" if causal else "joint")
+        nats += ce[:, cut].mean().item()
     return nats
 
 
 @torch.no_grad()
-def diffusion_table(model, tokens, prompt_len, kind, rng):
+def diffusion_table(model, tokens, prompt_len, kind, rng, causal=False):
     """CE[m - 1, r - 1]: the mean cross-entropy of the masked token of rank r when m are masked, in
     nats, (A, A); 0 where r > m."""
     B, T = tokens.shape
     rows = []
     for m in range(1, T - prompt_len + 1):
-        rank = random_rank(B, T, prompt_len, m, rng).to(tokens.device)
-        inputs = torch.where(rank == 0, tokens, model.mask)
-        ce = cross_entropy(model, tokens, inputs, rank, kind)
+        rank, masked = (x.to(tokens.device)
+                        for x in random_rank(B, T, prompt_len, m, rng, causal))
+        ce = cross_entropy(model, tokens, torch.where(masked, model.mask, tokens), rank, kind)
+        rank = (rank - (T - m if causal else 0)).clamp(min=0)
         by_rank = ce.new_zeros(B, T + 1).scatter(1, rank, ce)            # column 0: clean tokens
         rows.append(by_rank[:, 1:T - prompt_len + 1].mean(0))
     return torch.stack(rows).cpu()
@@ -237,7 +265,8 @@ def diffusion_nats(table, kind, n_latent):
 # 5. decoders ----------------------------------------------------------------------------------
 # One token a step. Both return the filled tokens, (B, T), and the number of forward tokens: how
 # many positions went through the transformer for one puzzle, the honest unit of inference cost.
-# on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
+# With causal ranks (CACHEABLE systems) a known token goes through it once, in all passes of a
+# puzzle. on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
 
 
 def sample(logits, greedy, generator):
@@ -249,24 +278,28 @@ def sample(logits, greedy, generator):
 
 @torch.no_grad()
 def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, generator=None,
-                         on_step=None):
+                         causal=False, on_step=None):
     """AR+MTP with a window of masked tokens, of which only the first is decoded and the others are
     latent; window 0 is AR, which reads what is known and one start slot."""
     B, T = tokens.shape
     tokens = torch.where(torch.arange(T, device=tokens.device) < prompt_len, tokens, model.mask)
-    forward_tokens = 0
+    causal = causal or window == 0
+    cache, cached, forward_tokens = {} if causal else None, 0, 0
     for cut in range(prompt_len, T):
         if window == 0:
             present, rank, _ = next_token(tokens[:, :cut + 1], prompt_len, model.mask)
-            visible = visibility(rank[:1], "semicausal")
+            n_known = cut + 1
         else:
             present = tokens[:, :cut + window]                   # what is absent is not computed
             cuts = torch.full((1, 1), cut, device=tokens.device)
-            visible = visibility(window_rank(present.shape[1], cuts, window), "joint")
-        positions = torch.arange(present.shape[1], device=tokens.device)[None]
-        logits = model(present, positions, visible)                            # (B, present, V)
-        tokens[:, cut] = sample(logits[:, cut], greedy, generator)
-        forward_tokens += present.shape[1]
+            rank, _ = window_rank(present.shape[1], cuts, window, causal)
+            n_known = cut
+        positions = torch.arange(cached, present.shape[1], device=tokens.device)[None]
+        visible = visibility(rank[:1], "causal" if causal else "joint")[:, cached:]
+        logits = model(present[:, cached:], positions, visible, cache, n_known)
+        tokens[:, cut] = sample(logits[:, cut - cached], greedy, generator)
+        forward_tokens += positions.shape[1]
+        cached = n_known if causal else 0
         if on_step:
             on_step(tokens, positions, logits, cut)
     return tokens, forward_tokens
@@ -274,7 +307,7 @@ def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, genera
 
 @torch.no_grad()
 def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, greedy=False,
-                     generator=None, on_step=None):
+                     generator=None, causal=False, on_step=None):
     """Masked diffusion with k latent tokens (MDM: all, SIDM: 0). At every step random masked
     positions are the candidates, k others are latent, and the rest does not go through the model.
     The candidate whose best token is most probable is decoded: top-prob order; with one candidate
@@ -283,16 +316,18 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
     tokens = torch.where(torch.arange(T, device=tokens.device) < prompt_len, tokens, model.mask)
     places = torch.arange(T, device=tokens.device).expand(B, T)
     known, unknown = places[:, :prompt_len], places[:, prompt_len:]
-    forward_tokens = 0
+    cache, cached, forward_tokens = {} if causal else None, 0, 0
     for m in range(T - prompt_len, 0, -1):
         shuffle = torch.rand(B, m, generator=generator, device=tokens.device).argsort(1)
         unknown = unknown.gather(1, shuffle)                                               # (B, m)
         c = min(candidates, m)
         k = min(n_latent, m - c)
-        positions = torch.cat([known, unknown[:, c:c + k], unknown[:, :c]], dim=1)
-        rank = torch.arange(1 - known.shape[1], k + c + 1, device=tokens.device).clamp(0, k + 1)
-        visible = visibility(rank[None], kind)        # known 0, latents 1..k, all candidates k + 1
-        logits = model(tokens.gather(1, positions), positions, visible)           # (B, present, V)
+        n_known = T - m
+        positions = torch.cat([known[:, cached:], unknown[:, c:c + k], unknown[:, :c]], dim=1)
+        rank = torch.arange(1 - n_known, k + c + 1, device=tokens.device).clamp(max=k + 1)
+        rank = rank + n_known if causal else rank.clamp(min=0)
+        visible = visibility(rank[None], kind)[:, cached:]       # all candidates have the last rank
+        logits = model(tokens.gather(1, positions), positions, visible, cache, n_known)
         candidate = logits[:, -c:]                                                      # (B, c, V)
         best = candidate.softmax(-1).amax(-1).argmax(1, keepdim=True)                      # (B, 1)
         token = sample(candidate.take_along_dim(best[..., None], 1)[:, 0], greedy, generator)
@@ -301,6 +336,7 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
         known = torch.cat([known, place], dim=1)
         unknown = unknown.scatter(1, best, unknown[:, -1:])[:, :-1]    # the last one fills the gap
         forward_tokens += positions.shape[1]
+        cached = n_known if causal else 0
         if on_step:
             on_step(tokens, positions, logits, place[0].item())
     return tokens, forward_tokens
@@ -771,7 +807,8 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        system = {"mtp": "AR+MTP", "control": "control"}.get(r["system"], r["system"].upper())
+        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
+                  "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
         name = " ".join(str(x) for x in (system, r["window"], r["order"]) if x)
         name += " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
@@ -842,7 +879,8 @@ if __name__ == "__main__":
                                 ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
                                 ("MDM", "mdm", [0, 3, 0, 1, 2, 4]),
                                 ("SIDM", "sidm", [0, 3, 0, 1, 2, 4]),
-                                ("SCDM", "scdm", [0, 3, 0, 1, 2, 4])):
+                                ("SCDM", "scdm", [0, 3, 0, 1, 2, 4]),
+                                ("SCDM, causal context", "scdm-causal", [2, 5, 1, 3, 4, 6])):
         print(f"\n{title:<24}rank " + " ".join("-" if r < 0 else str(r) for r in rank))
         for r, row in zip(rank, visibility(torch.tensor([rank]), KIND[system])[0]):
             if r >= 0:                                              # -1, shown as -, is absent

@@ -53,8 +53,8 @@ class Spy(nn.Module):
         super().__init__()
         self.model, self.mask, self.calls = model, model.mask, []
 
-    def forward(self, tokens, positions, visible):
-        logits = self.model(tokens, positions, visible)
+    def forward(self, tokens, positions, visible, *cache):
+        logits = self.model(tokens, positions, visible, *cache)
         self.calls.append((tokens, positions.expand(tokens.shape), visible, logits))
         return logits
 
@@ -67,8 +67,12 @@ class Oracle(nn.Module):
         super().__init__()
         self.solutions, self.mask, self.shifted = solutions, vocab_size, shifted
 
-    def forward(self, tokens, positions, visible):
-        positions = positions.expand(tokens.shape)
+    def forward(self, tokens, positions, visible, cache=None, n_known=0):
+        positions, n_new = positions.expand(tokens.shape), tokens.shape[1]
+        if cache is not None:
+            tokens = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
+            positions = torch.cat([cache.get("positions", positions[:, :0]), positions], dim=1)
+            cache.update(tokens=tokens[:, :n_known], positions=positions[:, :n_known])
         logits = torch.full((*tokens.shape, self.mask), -1e9)
         for b, (row, places) in enumerate(zip(tokens, positions)):
             if self.shifted:
@@ -81,7 +85,7 @@ class Oracle(nn.Module):
             for i, place in enumerate(places):
                 share = torch.bincount(prefixes[i][:, place], minlength=self.mask).float()
                 logits[b, i] = (share / share.sum()).clamp(min=1e-30).log()
-        return logits
+        return logits[:, -n_new:]
 
 
 def all_boards(side):
@@ -93,9 +97,10 @@ def all_boards(side):
 # who sees whom ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal"])
+@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal", "causal"])
 def test_visibility_is_the_table(kind):
-    ranks = [[0, 3, 0, 1, 2, 4], [0, 0, 1, 2, 3, -1], [1, 2, 3, 4, 5, 6], [0, 0, 0, -1, -1, 1]]
+    ranks = [[0, 3, 0, 1, 2, 4], [0, 0, 1, 2, 3, -1], [1, 2, 3, 4, 5, 6], [0, 0, 0, -1, -1, 1],
+             [1, 2, 3, 3, 3, -1]]
     visible = latent.visibility(torch.tensor(ranks), kind)
     for b, rank in enumerate(ranks):
         for q, k in itertools.product(range(6), range(6)):
@@ -103,6 +108,8 @@ def test_visibility_is_the_table(kind):
                 expected = True
             elif rank[k] < 0:
                 expected = False
+            elif kind == "causal":
+                expected = 0 < rank[k] <= rank[q]
             elif rank[k] == 0 or kind == "joint":
                 expected = True
             else:
@@ -126,17 +133,18 @@ def test_attention_is_a_naive_softmax():
     x1 = x + y @ block.attention_out.weight.T
     hidden = block.mlp_norm(x1) @ block.mlp_in.weight.T
     expected = x1 + (hidden.clamp(min=0) ** 2) @ block.mlp_out.weight.T
-    torch.testing.assert_close(block(x, visible[:, None]), expected)
+    torch.testing.assert_close(block(x, visible[:, None])[0], expected)
 
 
-@pytest.mark.parametrize("system", ["ar", "mtp", "mdm", "sidm", "scdm"])
+@pytest.mark.parametrize("system", latent.KIND)
 def test_who_cannot_influence_whom(system):
     """Change one token's embedding: bit-identical logits wherever the table says 'no', others
     elsewhere. One layer, since with two a clean token would carry what it saw."""
     model = latent.Transformer(latent.Config(4, 12, 1, 2, 16))
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.4)
-    rank = {"ar": [1, 2, 3, 4, 5, 6], "mtp": [0, 0, 1, 2, 3, -1]}.get(system, [0, 3, 0, 1, 2, 4])
+    rank = {"ar": [1, 2, 3, 4, 5, 6], "mtp": [0, 0, 1, 2, 3, -1], "mtp-causal": [1, 2, 3, 3, 3, -1],
+            "scdm-causal": [2, 5, 1, 3, 4, 6]}.get(system, [0, 3, 0, 1, 2, 4])
     visible = latent.visibility(torch.tensor([rank]), latent.KIND[system])
     tokens, positions = torch.randint(4, (1, 6)), torch.arange(6)[None]
     before = model(tokens, positions, visible)
@@ -165,7 +173,7 @@ def test_a_clean_token_never_depends_on_a_masked_one(kind):
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION,
                                      SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION],
                          ids=lambda backend: backend.name)
-@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal"])
+@pytest.mark.parametrize("kind", ["joint", "independent", "semicausal", "causal"])
 def test_every_attention_backend_is_a_naive_softmax(backend, kind):
     """Forward and backward, with rows that see only themselves; no NaN anywhere."""
     device = latent.choose_device("auto")
@@ -195,39 +203,50 @@ def test_every_attention_backend_is_a_naive_softmax(backend, kind):
 # training = decoding ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("n_latent", [0, 1, 3, 7])
-def test_scdm_trains_what_it_decodes(n_latent):
+def test_scdm_trains_what_it_decodes(n_latent, causal):
     """The logits of a candidate are those of its rank in a training pass over the full sequence in
-    which exactly the same masked tokens come before it."""
+    which exactly the same masked tokens come before it: with causal context cached = uncached."""
     model, prompt_len, T = small_model(), 3, 12
     spy = Spy(model)
     tokens = torch.randint(4, (5, T))
-    latent.decode_any_order(spy, tokens, prompt_len, "semicausal", n_latent, candidates=2)
+    latent.decode_any_order(spy, tokens, prompt_len, "semicausal", n_latent, 2, causal=causal)
+    known = [[] for _ in range(5)]                      # places in the order of becoming known
+    full = torch.full((5, T), model.mask)
     for inputs, positions, _, logits in spy.calls:
         c = min(2, (inputs == model.mask).sum(1)[0].item())
-        for b, i in itertools.product(range(5), range(inputs.shape[1] - c, inputs.shape[1])):
-            full, rank = torch.full((1, T), model.mask), torch.zeros(1, T, dtype=torch.long)
-            clean = inputs[b] != model.mask
-            full[0, positions[b, clean]] = inputs[b, clean]
-            before = positions[b, clean.sum():inputs.shape[1] - c]
-            rank[0, before] = torch.arange(1, len(before) + 1)
-            rank[0, positions[b, i]] = len(before) + 1
-            rest = [p for p in range(T) if full[0, p] == model.mask and rank[0, p] == 0]
-            rank[0, rest] = torch.arange(len(before) + 2, len(before) + 2 + len(rest))
-            trained = model(full, torch.arange(T)[None], latent.visibility(rank, "semicausal"))
-            torch.testing.assert_close(logits[b, i], trained[0, positions[b, i]])
+        for b in range(5):
+            new = inputs[b] != model.mask
+            known[b] = (known[b] if causal else []) + positions[b, new].tolist()
+            full[b, positions[b, new]] = inputs[b, new]
+            latents = positions[b, new.sum():inputs.shape[1] - c]
+            first = len(known[b]) + 1 if causal else 1
+            for i in range(inputs.shape[1] - c, inputs.shape[1]):
+                rank = torch.full((1, T), -1)
+                rank[0, known[b]] = torch.arange(1, first) if causal else 0
+                rank[0, latents] = torch.arange(first, first + len(latents))
+                rank[0, positions[b, i]] = first + len(latents)
+                rest = (rank[0] < 0).nonzero()[:, 0]
+                rank[0, rest] = first + 1 + len(latents) + torch.arange(len(rest))
+                trained = model(full[b:b + 1], torch.arange(T)[None],
+                                latent.visibility(rank, "semicausal"))
+                torch.testing.assert_close(logits[b, i], trained[0, positions[b, i]])
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("window", [1, 3, 9])
-def test_multi_token_trains_what_it_decodes(window):
+def test_multi_token_trains_what_it_decodes(window, causal):
     model, prompt_len, T = small_model(), 3, 12
     spy = Spy(model)
-    out, _ = latent.decode_left_to_right(spy, torch.randint(4, (5, T)), prompt_len, window)
-    for cut, (_, _, _, logits) in zip(range(prompt_len, T), spy.calls):
-        rank = latent.window_rank(T, torch.full((5, 1), cut), window)
-        inputs = torch.where(rank == 0, out, model.mask)
-        trained = model(inputs, torch.arange(T)[None], latent.visibility(rank, "joint"))
-        torch.testing.assert_close(logits[:, cut], trained[:, cut])
+    out, _ = latent.decode_left_to_right(spy, torch.randint(4, (5, T)), prompt_len, window,
+                                         causal=causal)
+    for cut, (_, positions, _, logits) in zip(range(prompt_len, T), spy.calls):
+        rank, masked = latent.window_rank(T, torch.full((5, 1), cut), window, causal)
+        inputs = torch.where(masked, model.mask, out)
+        trained = model(inputs, torch.arange(T)[None],
+                        latent.visibility(rank, "causal" if causal else "joint"))
+        torch.testing.assert_close(logits[positions == cut], trained[:, cut])
 
 
 def test_ar_trains_what_it_decodes():
@@ -235,23 +254,41 @@ def test_ar_trains_what_it_decodes():
     spy = Spy(model)
     out, _ = latent.decode_left_to_right(spy, torch.randint(4, (5, T)), 3, 0)
     inputs, rank, _ = latent.next_token(out, 3, model.mask)
-    trained = model(inputs, torch.arange(T)[None], latent.visibility(rank, "semicausal"))
-    for cut, (_, _, _, logits) in zip(range(3, T), spy.calls):
-        torch.testing.assert_close(logits[:, cut], trained[:, cut])
+    trained = model(inputs, torch.arange(T)[None], latent.visibility(rank, "causal"))
+    for cut, (_, positions, _, logits) in zip(range(3, T), spy.calls):
+        torch.testing.assert_close(logits[positions == cut], trained[:, cut])
+
+
+@pytest.mark.parametrize("prompt_len", [0, 3])
+def test_causal_ranks(prompt_len):
+    """All ranks are there once, the prompt's first, the masked tokens' last, in any order else."""
+    rng, m = np.random.default_rng(0), torch.tensor([[1], [3], [6], [6]]).repeat(500, 1)
+    rank, masked = latent.random_rank(2000, prompt_len + 6, prompt_len, m, rng, causal=True)
+    everyone = torch.arange(1, prompt_len + 7)
+    assert (rank.sort(1).values == everyone).all() and masked.sum(1).equal(m[:, 0])
+    assert (rank[:, :prompt_len] == everyone[:prompt_len]).all()
+    assert masked.equal(rank > prompt_len + 6 - m)
+    assert len(set(map(tuple, rank.tolist()))) > 600          # of 6! = 720 orders
+    rank, masked = latent.window_rank(6, torch.tensor([[2], [5]]), 2, causal=True)
+    assert rank.tolist() == [[1, 2, 3, 3, -1, -1], [1, 2, 3, 4, 5, 6]]
+    assert masked.tolist() == [[False] * 2 + [True] * 2 + [False] * 2, [False] * 5 + [True]]
 
 
 # objectives and nats ----------------------------------------------------------------------------
 
 
-def any_order_nats(model, tokens, prompt_len, kind):
+def any_order_nats(model, tokens, prompt_len, kind, causal=False):
     """The mean over all orders of the negative log-likelihood of one sequence, (1, T)."""
     answer, totals = range(prompt_len, tokens.shape[1]), []
     for order in itertools.permutations(answer):
         total = 0.0
         for step, place in enumerate(order):
             inputs, rank = tokens.clone(), torch.zeros_like(tokens)
+            if causal:
+                rank[0, [*range(prompt_len), *order]] = 1 + torch.arange(tokens.shape[1])
             for r, hidden in enumerate(order[step:], start=1):
-                inputs[0, hidden], rank[0, hidden] = model.mask, r
+                inputs[0, hidden] = model.mask
+                rank[0, hidden] = r + causal * (prompt_len + step)
             positions = torch.arange(tokens.shape[1])[None]
             logits = model(inputs, positions, latent.visibility(rank, kind))
             total -= logits[0, place].log_softmax(-1)[tokens[0, place]].item()
@@ -280,11 +317,12 @@ def test_diffusion_objective_is_the_any_order_likelihood(kind):
     assert latent.diffusion_nats(table, kind, 0) == pytest.approx(expected, abs=0.03)
 
 
-def test_scdm_without_latents_is_the_any_order_likelihood_of_sidm():
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_scdm_without_latents_is_the_any_order_likelihood_of_sidm(causal):
     model, tokens = small_model(), torch.tensor([[1, 0, 3, 2, 2]])
-    expected = any_order_nats(model, tokens, 1, "independent")
+    expected = any_order_nats(model, tokens, 1, "semicausal" if causal else "independent", causal)
     table = latent.diffusion_table(model, tokens.expand(20_000, -1), 1, "semicausal",
-                                   np.random.default_rng(0))
+                                   np.random.default_rng(0), causal)
     assert latent.diffusion_nats(table, "semicausal", 0) == pytest.approx(expected, abs=0.05)
     assert latent.diffusion_nats(table, "semicausal", 3) == pytest.approx(
         table.diagonal().sum().item())     # all latents: the last rank has seen all the others
@@ -293,7 +331,7 @@ def test_scdm_without_latents_is_the_any_order_likelihood_of_sidm():
 def test_next_token_loss_by_hand():
     model, tokens, prompt_len = small_model(), torch.randint(4, (3, 6)), 2
     inputs, rank, weight = latent.next_token(tokens, prompt_len, model.mask)
-    loss = (weight * latent.cross_entropy(model, tokens, inputs, rank, "semicausal")).sum()
+    loss = (weight * latent.cross_entropy(model, tokens, inputs, rank, "causal")).sum()
     losses = []
     for row, i in itertools.product(tokens, range(prompt_len, 6)):
         prefix = torch.cat([torch.tensor([model.mask]), row[:i]])[None]
@@ -351,9 +389,17 @@ def test_forward_tokens_are_as_promised():
     assert spent("independent", 0, 1) == sum(36 - m + 1 for m in range(1, 37)) == 666
     assert spent("independent", 0, 8) == sum(36 - m + min(8, m) for m in range(1, 37)) == 890
     assert spent("semicausal", 4, 1) == sum(36 - m + 1 + min(4, m - 1) for m in range(1, 37))
-    assert latent.decode_left_to_right(model, boards, 0, 0)[1] == sum(range(1, 37))
+    assert latent.decode_left_to_right(model, boards, 0, 0)[1] == 36        # AR has a cache
     assert latent.decode_left_to_right(model, boards, 0, 5)[1] == sum(
         min(36, c + 5) for c in range(36))
+
+    def spent_causally(k, c):
+        return latent.decode_any_order(model, boards, 0, "semicausal", k, c, causal=True)[1]
+
+    assert spent_causally(0, 1) == 1 + 35 * 2 == 71
+    assert spent_causally(4, 8) == sum((m < 36) + min(12, m) for m in range(1, 37))
+    assert latent.decode_left_to_right(model, boards, 0, 5, causal=True)[1] == sum(
+        (c > 0) + min(5, 36 - c) for c in range(36))
 
 
 @pytest.mark.parametrize("kind,n_latent", [("joint", 8), ("independent", 0), ("semicausal", 3)])
@@ -396,20 +442,22 @@ def test_an_oracle_solves_every_puzzle_with_every_decoder(name):
         solutions = torch.cat([solutions, solutions], dim=1)
 
     class Puzzle(Oracle):                           # blanks of the prompt say nothing
-        def forward(self, tokens, positions, visible):
+        def forward(self, tokens, positions, visible, *cache):
             blanks = tokens.masked_fill((tokens == 4) & (positions < task.prompt_len), -1)
             if self.shifted:
-                return super().forward(tokens, positions, visible)
-            return super().forward(torch.where(blanks < 0, 4, tokens), positions, visible)
+                return super().forward(tokens, positions, visible, *cache)
+            return super().forward(torch.where(blanks < 0, 4, tokens), positions, visible, *cache)
 
     oracle = Puzzle(solutions, 4)
     blank = torch.cat([tokens[:, :task.prompt_len], torch.zeros(6, 16, dtype=torch.long)], dim=1)
-    for window in (1, 3, 16):
-        out, _ = latent.decode_left_to_right(oracle, blank, task.prompt_len, window)
+    for window, causal in itertools.product((1, 3, 16), (False, True)):
+        out, _ = latent.decode_left_to_right(oracle, blank, task.prompt_len, window, causal=causal)
         assert task.correct(out.numpy()).all()
-    for kind, n_latent, candidates in [("joint", 15, 8), ("independent", 0, 1),
-                                       ("semicausal", 4, 8)]:
-        out, _ = latent.decode_any_order(oracle, blank, task.prompt_len, kind, n_latent, candidates)
+    for kind, n_latent, candidates, causal in [
+            ("joint", 15, 8, False), ("independent", 0, 1, False), ("semicausal", 4, 8, False),
+            ("semicausal", 4, 8, True)]:
+        out, _ = latent.decode_any_order(oracle, blank, task.prompt_len, kind, n_latent, candidates,
+                                         causal=causal)
         assert task.correct(out.numpy()).all()
     if name == "sudoku":
         out, _ = latent.decode_left_to_right(Oracle(solutions, 4, shifted=True), blank, 0, 0)
@@ -771,8 +819,9 @@ def results(folder):
 
 @pytest.mark.parametrize("name,flags,n", [
     ("train_diffusion.py", ["--seeds", 0, 1], 2 * 5),
-    ("train_ar.py", ["--systems", "ar", "mtp", "control", "--windows", "random", 3],
-     1 + 2 * (3 + 1))])
+    ("train_diffusion.py", ["--systems", "scdm-causal"], 3),
+    ("train_ar.py", ["--systems", "ar", "mtp", "mtp-causal", "control", "--windows", "random", 3],
+     1 + 3 * (3 + 1))])
 def test_scripts_run_end_to_end_and_repeat_themselves(tmp_path, name, flags, n):
     for folder in ("a", "b"):
         status, out, err = script(name, *TINY, *flags, "--out", tmp_path / folder)

@@ -2,7 +2,9 @@
 
     AR       next-token prediction: no latent tokens
     MTP      multi-token prediction: a window of masked tokens, the first of which is decoded and
-             the others are latent; with a random window one model serves every window
+             the others are latent; with a random window one model serves every window;
+             mtp-causal is its variant in which known tokens do not see the window or what comes
+             after them, so that decoding can cache them
     control  the same window, but only its first token is trained
 
 `python train_ar.py` does it for the generation of 6x6 Sudoku boards.
@@ -15,7 +17,8 @@ from data import TASKS
 
 def flags():
     """The flags of both scripts, and the windows."""
-    parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "control"], ["ar", "mtp"])
+    parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "mtp-causal", "control"],
+                                 ["ar", "mtp"])
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
                         help="windows to train MTP and the control with, one model for each: "
                         "random (1, 2, 4, ... or all, drawn for each batch), a number, or all")
@@ -41,6 +44,7 @@ def jobs(task, args):
 def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     model = latent.new_model(task, args, job["seed"])
+    causal = job["system"] in latent.CACHEABLE
     most = task.seq_len - task.prompt_len
     windows = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
     if job["window"] == "random":
@@ -53,17 +57,17 @@ def experiment(task, args, job, bar_position):
         if job["system"] == "ar":
             return latent.next_token(tokens, task.prompt_len, model.mask)
         return latent.multi_token(tokens, task.prompt_len, model.mask, rng, rng.choice(windows),
-                                  loss_on_window=job["system"] == "mtp")
+                                  job["system"] != "control", causal)
 
     def decode(tokens, n_latent, generator, on_step=None):
         window = 0 if job["system"] == "ar" else n_latent + 1
         return latent.decode_left_to_right(model, tokens, task.prompt_len, window, args.greedy,
-                                           generator, on_step)
+                                           generator, causal, on_step)
 
     def nats(tokens, rng, n_latent):
         if job["system"] == "ar":
             return latent.next_token_nats(model, tokens, task.prompt_len)
-        return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1)
+        return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1, causal)
 
     minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
                            bar_position)

@@ -2,7 +2,8 @@
 
     MDM   joint prediction: all masked tokens see each other, all that are not decoded are latent
     SIDM  independent prediction: no latent tokens
-    SCDM  semi-causal: one model, any number of latent tokens
+    SCDM  semi-causal: one model, any number of latent tokens; scdm-causal is its variant in which
+          known tokens, too, see only those known before them, so that decoding can cache them
 
 `python train_diffusion.py` does it for the generation of 6x6 Sudoku boards.
 """
@@ -15,7 +16,7 @@ from data import TASKS
 def flags():
     """The flags of both scripts, and the order of decoding."""
     systems = ["mdm", "sidm", "scdm"]
-    parser = latent.common_flags(__doc__, TASKS, systems, systems)
+    parser = latent.common_flags(__doc__, TASKS, [*systems, "scdm-causal"], systems)
     parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
                         help="decode the most certain of some candidates, or a random position")
     parser.add_argument("--candidates", type=latent.at_least(1),
@@ -33,21 +34,22 @@ def jobs(task, args):
 def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     kind, most = latent.KIND[job["system"]], task.seq_len - task.prompt_len - 1
-    sweep = {"mdm": [most], "sidm": [0], "scdm": args.latents}[job["system"]]
+    causal = job["system"] in latent.CACHEABLE
+    sweep = {"mdm": [most], "sidm": [0]}.get(job["system"], args.latents)
     candidates = args.candidates or max(1, min(8, (most + 1) // 4))
     if args.order == "uniform":
         candidates = 1
     model = latent.new_model(task, args, job["seed"])
 
     def objective(tokens, rng):
-        return latent.diffusion(tokens, task.prompt_len, model.mask, rng)
+        return latent.diffusion(tokens, task.prompt_len, model.mask, rng, causal)
 
     def decode(tokens, n_latent, generator, on_step=None):
         return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
-                                       args.greedy, generator, on_step)
+                                       args.greedy, generator, causal, on_step)
 
     def table_of(tokens, rng):
-        return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng)
+        return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng, causal)
 
     minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
                            bar_position)
