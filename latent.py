@@ -728,22 +728,29 @@ def held_out_mean(task, args, seed, measure):
     return total
 
 
-def evaluate(task, model, args, job, n_latent, order, decode, nats, minutes):
-    """Decode --samples test puzzles; returns one record for results.json."""
+def evaluate(task, model, args, job, n_latent, decode, nats, minutes, order=None, candidates=None):
+    """Decode --samples test puzzles; returns one record for results.json. Two controls: of the
+    valid boards generated, which share was `unseen` in training; and which share of the answers
+    is right by `chance`, for the prompt of another puzzle."""
     started = time.time()
     filled, right, forward_tokens = solve(task, args, args.samples, job["seed"], "test", decode)
     seconds = time.time() - started
     accuracy = right.mean().item()
     if args.watch:
         tqdm.write(watch(task, args, f"{job_name(job)}, latent tokens: {n_latent}", decode))
-    unseen = None
-    if task.prompt_len == 0 and right.any():           # 10 %: rules were learnt, 0 %: boards
+    unseen = chance = None
+    if task.prompt_len:
+        prompt, answer = np.split(filled, [task.prompt_len], axis=1)
+        other = np.concatenate([np.roll(prompt, 1, axis=0), answer], axis=1)
+        chance = task.correct(other).mean().item()
+    elif right.any():                                  # 10 %: rules were learnt, 0 %: boards
         unseen = task.held_out(filled[right]).mean().item()
     return {**job, "n_latent": n_latent, "accuracy": accuracy,
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
-            "nats": nats, "nats_floor": task.floor_nats, "forward_tokens": forward_tokens,
+            "chance": chance, "nats": nats, "nats_floor": task.floor_nats, "forward_tokens": forward_tokens,
             "ms_per_puzzle": 1000 * seconds / args.samples, "train_minutes": minutes,
-            "order": order, "greedy": args.greedy, "samples": args.samples,
+            "order": order, "candidates": candidates, "greedy": args.greedy,
+            "samples": args.samples,
             **{name: getattr(args, name) for name in OF_THE_MODEL},
             "params": sum(w.numel() for w in model.parameters()),
             "device": args.device, "torch": torch.__version__}
@@ -796,8 +803,8 @@ def read_results(folder):
 
 def record_key(record):
     """What tells the records of one folder apart."""
-    names = ("system", "window", "order", "greedy", "n_latent", "seed")
-    return tuple(str(record[name]) for name in names)
+    names = ("system", "window", "order", "candidates", "greedy", "n_latent", "seed")
+    return tuple(str(record.get(name)) for name in names)
 
 
 def summary(results):
@@ -807,8 +814,8 @@ def summary(results):
     for r in results:
         system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
                   "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
-        name = " ".join(str(x) for x in (system, r["window"], r["order"]) if x)
-        name += " greedy" * r["greedy"]
+        order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
+        name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
     rows = []
     means = ("accuracy", "stderr", "nats", "forward_tokens", "ms_per_puzzle", "train_minutes")
@@ -816,23 +823,25 @@ def summary(results):
         row = {key: np.mean([r[key] for r in records]) for key in means}
         if len(records) > 1:
             row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
-        row["unseen"] = np.mean([math.nan if r["unseen"] is None else r["unseen"] for r in records])
+        for key in ("unseen", "chance"):
+            row[key] = np.mean([math.nan if r.get(key) is None else r[key] for r in records])
         rows.append({**records[0], **row, "name": name, "seeds": len(records)})
     return rows
 
 
 def table(results):
     """The summary as text. Excess nats are those above the floor, where it is known."""
-    lines = ["system                latents   accuracy %     nats   excess   forward tokens"
-             "   ms/puzzle   minutes   seeds   unseen %"]
+    lines = ["system                    latents   accuracy %     nats   excess   forward tokens"
+             "   ms/puzzle   minutes   seeds   unseen %   chance %"]
     for r in summary(results):
         accuracy, error = 100 * r["accuracy"], 100 * r["stderr"]
         excess = "-" if r["nats_floor"] is None else f"{r['nats'] - r['nats_floor']:.2f}"
-        unseen = "-" if math.isnan(r["unseen"]) else f"{100 * r['unseen']:.1f}"
-        lines.append(f"{r['name']:<22}{r['n_latent']:>7}{accuracy:>8.1f} ±{error:>3.1f}"
+        unseen, chance = ("-" if math.isnan(r[key]) else f"{100 * r[key]:.1f}"
+                          for key in ("unseen", "chance"))
+        lines.append(f"{r['name']:<26}{r['n_latent']:>7}{accuracy:>8.1f} ±{error:>3.1f}"
                      f"{r['nats']:>9.2f}{excess:>9}{r['forward_tokens']:>17.0f}"
                      f"{r['ms_per_puzzle']:>12.2f}{r['train_minutes']:>10.1f}{r['seeds']:>8}"
-                     f"{unseen:>11}")
+                     f"{unseen:>11}{chance:>11}")
     return "\n".join(lines)
 
 

@@ -874,6 +874,30 @@ def train_once(args, task, job, spoil=lambda step: 1.0):
 JOB = {"system": "mdm", "window": None, "seed": 0}
 
 
+def test_controls_of_an_evaluation(tmp_path):
+    """Test puzzles with their solutions are right, unseen, and right by chance only where the rules
+    happen to admit the solution for another prompt."""
+    args, task = arguments("--task", "sudoku-puzzle", "--out", tmp_path, "--samples", 2000)
+    model, rng = latent.new_model(task, args, 0), np.random.default_rng(5)
+
+    def evaluate(task, split):
+        solved = []
+
+        def decode(tokens, generator):
+            solved.append(torch.from_numpy(task.batch(len(tokens), rng, split)))
+            return solved[-1], 1
+        return latent.evaluate(task, model, args, JOB, 0, decode, 0.0, 0.0), torch.cat(solved)
+
+    record, puzzles = evaluate(task, "test")
+    by_chance = sum(all(given in (4, cell) for given, cell in zip(one[:16], other[16:]))
+                    for one, other in zip(puzzles.roll(1, 0).tolist(), puzzles.tolist()))
+    assert record["accuracy"] == 1 and record["unseen"] is None
+    assert 0 < by_chance < 100 and record["chance"] == by_chance / 2000
+    for split, unseen in ("test", 1), ("train", 0):
+        record, _ = evaluate(Sudoku("4"), split)
+        assert (record["accuracy"], record["unseen"], record["chance"]) == (1, unseen, None)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     args, task = arguments("--out", tmp_path)
     with pytest.raises(latent.RunError) as stop:

@@ -71,8 +71,7 @@ def experiment(task, args, job, bar_position):
 
     minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
                            bar_position)
-    return [latent.evaluate(task, model, args, job, n_latent, None,
-                            partial(decode, n_latent=n_latent),
+    return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
                             latent.held_out_mean(task, args, job["seed"],
                                                  partial(nats, n_latent=n_latent)), minutes)
             for n_latent in sweep]

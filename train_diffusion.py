@@ -54,9 +54,9 @@ def experiment(task, args, job, bar_position):
     minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
                            bar_position)
     table = latent.held_out_mean(task, args, job["seed"], table_of)
-    return [latent.evaluate(task, model, args, job, n_latent, args.order,
-                            partial(decode, n_latent=n_latent),
-                            latent.diffusion_nats(table, kind, n_latent), minutes)
+    return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
+                            latent.diffusion_nats(table, kind, n_latent), minutes,
+                            args.order, candidates)
             for n_latent in sweep]
 
 
