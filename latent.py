@@ -747,10 +747,10 @@ def evaluate(task, model, args, job, n_latent, decode, nats, minutes, order=None
         unseen = task.held_out(filled[right]).mean().item()
     return {**job, "n_latent": n_latent, "accuracy": accuracy,
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
-            "chance": chance, "nats": nats, "nats_floor": task.floor_nats, "forward_tokens": forward_tokens,
-            "ms_per_puzzle": 1000 * seconds / args.samples, "train_minutes": minutes,
-            "order": order, "candidates": candidates, "greedy": args.greedy,
-            "samples": args.samples,
+            "chance": chance, "nats": nats, "nats_floor": task.floor_nats,
+            "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
+            "train_minutes": minutes, "order": order, "candidates": candidates,
+            "greedy": args.greedy, "samples": args.samples,
             **{name: getattr(args, name) for name in OF_THE_MODEL},
             "params": sum(w.numel() for w in model.parameters()),
             "device": args.device, "torch": torch.__version__}

@@ -1018,30 +1018,71 @@ def rate(act, seconds=2.0):
     return times / (time.perf_counter() - started)
 
 
+class PlainGPT(nn.Module):
+    """What one would write with torch's own modules; the yardstick for a training step."""
+
+    def __init__(self, vocab_size, seq_len, layers, heads, width):
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocab_size, width), nn.Embedding(seq_len, width)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0, "gelu", batch_first=True,
+                                           norm_first=True, bias=False)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width),
+                                            enable_nested_tensor=False)
+        self.output = nn.Linear(width, vocab_size, bias=False)
+
+    def loss(self, tokens):
+        causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1] - 1)
+        x = self.token(tokens[:, :-1]) + self.position.weight[:-1]
+        logits = self.output(self.blocks(x, causal, is_causal=True))
+        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+
+
 @pytest.mark.bench
-@pytest.mark.parametrize("side", ["4", "6", "9"])
-def test_bench(side):
+@pytest.mark.parametrize("side,layers,width", [("4", 3, 64), ("6", 3, 64), ("9", 3, 64),
+                                               ("9", 6, 256)])
+def test_bench(side, layers, width):
     """Steps per second, the share of the machine's matmul rate in float32 (counting 6 x parameters
-    of the blocks x tokens), milliseconds and forward tokens per puzzle (uniform order)."""
+    of the blocks x tokens), milliseconds and forward tokens per puzzle (uniform order, 512 puzzles
+    at once; 64 at side 9)."""
     task, A, B = Sudoku(side), int(side) ** 2, 64
+    empty = torch.zeros(64 if side == "9" else 512, A, dtype=torch.long)
     large = torch.randn(1024, 1024)
     peak = max(rate(lambda: large @ large, 0.5) for _ in range(3)) * 2 * 1024**3
-    print(f"\nside {side}, batch {B}, one thread, matmul {peak / 1e9:.0f} GFLOP/s")
-    print("system      steps/s  share %   tokens  ms/puzzle  us/token")
-    for system, latents in [("ar", 0), ("mtp", A - 1), ("mdm", A - 1), ("sidm", 0),
-                            *(("scdm", k) for k in (0, 8, A - 1))]:
-        model = latent.Transformer(latent.Config(task.vocab_size, A))
-        opts, rng = latent.optimizers(model, 1e-3), np.random.default_rng(0)
+    print(f"\nside {side}, {layers} blocks x width {width}, batch {B}, one thread, matmul "
+          f"{peak / 1e9:.0f} GFLOP/s")
+    print("system            steps/s  share %   tokens  ms/puzzle  us/token")
+
+    def share(steps):
+        return 100 * 6 * layers * 12 * width**2 * B * A * steps / peak
+
+    gpt = PlainGPT(task.vocab_size, A, layers, width // 32, width)
+    adamw, rng = torch.optim.AdamW(gpt.parameters(), 1e-3), np.random.default_rng(0)
+
+    def plain_step():
+        gpt.loss(torch.from_numpy(task.batch(B, rng, "train"))).backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    steps = rate(plain_step)
+    print(f"{'torch modules':<16}{steps:9.1f}{share(steps):9.0f}")
+    for system, latents in [("ar", 0), ("mtp", A - 1), ("mtp-causal", A - 1), ("mdm", A - 1),
+                            ("sidm", 0), *(("scdm", k) for k in (0, 8, A - 1)),
+                            *(("scdm-causal", k) for k in (0, 8, A - 1))]:
+        kind, causal = latent.KIND[system], system in latent.CACHEABLE
+        model = latent.Transformer(latent.Config(task.vocab_size, A, layers, width // 32, width))
+        opts = latent.optimizers(model, 1e-3)
 
         def step():
             tokens = torch.from_numpy(task.batch(B, rng, "train"))
             if system == "ar":
                 inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
-            elif system == "mtp":
-                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A)
+            elif system.startswith("mtp"):
+                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A,
+                                                          causal=causal)
             else:
-                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng)
-            ce = latent.cross_entropy(model, tokens, inputs, rank, latent.KIND[system])
+                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng, causal)
+            ce = latent.cross_entropy(model, tokens, inputs, rank, kind)
             (weight * ce).sum().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in opts:
@@ -1049,13 +1090,11 @@ def test_bench(side):
                 opt.zero_grad()
 
         def decode():
-            tokens = torch.zeros(64, A, dtype=torch.long)
-            if system in ("ar", "mtp"):
+            if system == "ar" or system.startswith("mtp"):
                 window = 0 if system == "ar" else latents + 1
-                return latent.decode_left_to_right(model, tokens, 0, window)[1]
-            return latent.decode_any_order(model, tokens, 0, latent.KIND[system], latents, 1)[1]
+                return latent.decode_left_to_right(model, empty, 0, window, causal=causal)[1]
+            return latent.decode_any_order(model, empty, 0, kind, latents, 1, causal=causal)[1]
 
-        steps, tokens, puzzles = rate(step), decode(), 64 * rate(decode)
-        flop = 6 * sum(w.numel() for w in model.blocks.parameters()) * B * A
-        print(f"{system + ' ' + str(latents):<10}{steps:9.1f}{100 * flop * steps / peak:9.0f}"
+        steps, tokens, puzzles = rate(step), decode(), len(empty) * rate(decode)
+        print(f"{system + ' ' + str(latents):<16}{steps:9.1f}{share(steps):9.0f}"
               f"{tokens:9}{1000 / puzzles:11.2f}{1e6 / puzzles / tokens:10.2f}")
