@@ -553,7 +553,8 @@ def common_flags(description, tasks, systems, default_systems):
          help="sudoku-puzzle: a grid with blanks [grid], or a list of cells and digits")
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
-         help="numbers of latent tokens to sweep; if not given 0, powers of two, and all")
+         help="numbers of latent tokens to sweep; if not given 0, powers of two up to half "
+         "the answer, and all; MDM, SIDM, AR and fixed windows have one number only")
     flag("--steps", type=at_least(1), default=4600, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
@@ -574,6 +575,11 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     flag("--checkpoint", metavar="FILE", help="train nothing, evaluate this checkpoint")
     return parser
+
+
+def sweep(most):
+    """Numbers of latent tokens to try: 0, powers of two up to half the answer, and all."""
+    return [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
 
 
 def prepare(args, parser, tasks, make_jobs):
@@ -602,8 +608,7 @@ def prepare(args, parser, tasks, make_jobs):
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     args.device = choose_device(args.device)
     most = task.seq_len - task.prompt_len - 1
-    args.latents = args.latents or [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
-    args.latents = sorted({most if k == "all" else k for k in args.latents})
+    args.latents = sorted({most if k == "all" else k for k in args.latents or sweep(most)})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
     jobs = [saved["job"]] if args.checkpoint else make_jobs(task, args)
