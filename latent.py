@@ -8,7 +8,7 @@ in which one would explain it on a whiteboard:
     1. who sees whom        one small function is the difference between the systems
     2. the transformer      a plain GPT that is told positions and visibility
     3. objectives           what is hidden, and which predictions count
-    4. nats                 how well a system models held-out answers, exactly
+    4. nats                 how well a system models held-out answers
     5. decoders             left to right, and in any order with k latent tokens
     6. training             one loop for every objective, and its checkpoints
     7. around it            flags, tables, figure: shared by both scripts, safe to skip
@@ -38,6 +38,10 @@ from tqdm import tqdm
 # Every token has a rank. 0: clean, i.e. known. 1, 2, ..., m: the m masked tokens, in the order of
 # a chain. -1: absent from this pass. The systems differ in nothing but what is hidden (section 3)
 # and in this table of which query attends to which key (paper, section 3).
+#
+# Systems with causal context rank known tokens, too, in the order in which they became known: 1, 2,
+# ..., and masked tokens after them. What is decoded later then never changes the keys and values
+# of a known token, and decoders can cache them.
 
 
 def visibility(rank, kind):
@@ -51,18 +55,14 @@ def visibility(rank, kind):
         return clean | itself
     if kind == "semicausal":          # SCDM: a masked token sees those before it in the chain
         return clean | earlier | itself
-    if kind == "causal":              # AR: no token is 0, every rank says when it becomes known
+    if kind == "causal":              # AR; equal ranks, the window of AR+MTP, see each other
         return (0 < key) & (key <= query) | itself
     raise ValueError(f"unknown kind of visibility: {kind}")
 
 
 KIND = {"ar": "causal", "mtp": "joint", "control": "joint", "mtp-causal": "causal",
         "mdm": "joint", "sidm": "independent", "scdm": "semicausal", "scdm-causal": "semicausal"}
-
-# Systems in which a known token sees only what became known before it: all have distinct ranks,
-# 1, 2, ... in this order, and the masked ones come last. Nothing that is decoded later changes a
-# known token's keys and values, so decoders can cache them.
-CACHEABLE = ("ar", "mtp-causal", "scdm-causal")
+CACHEABLE = ("ar", "mtp-causal", "scdm-causal")                  # those with causal context
 
 
 # 2. the transformer ---------------------------------------------------------------------------
@@ -78,7 +78,8 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream. Returns what it
+    makes of x (B, T, C), and the keys and values, (B, heads, T, C / heads), after those of past."""
 
     def __init__(self, config):
         super().__init__()
@@ -181,8 +182,8 @@ def diffusion(tokens, prompt_len, mask, rng, causal=False):
 
 
 def stratified(B, n, rng):
-    """(B, 1) integers, each uniform in 0..n-1 and together evenly spread: every batch covers all
-    cuts, or all noise levels, which lowers the variance of its gradient."""
+    """(B, 1) integers, evenly spread over 0..n-1 (one of them, at random, is uniform): every batch
+    covers all cuts, or all noise levels, which lowers the variance of its gradient."""
     return torch.from_numpy(((np.arange(B) + rng.random()) * n / B).astype(np.int64))[:, None]
 
 
@@ -190,15 +191,15 @@ def window_rank(T, cut, window, causal=False):
     """For cuts (B, 1) the ranks, and which tokens are masked, both (B, T): rank 0 before the cut,
     1..window from there on, then -1, absent. Causal: the position, 1, 2, ..., before the cut, and
     one rank for the whole window, the next."""
-    ahead = torch.arange(1, T + 1, device=cut.device) - cut
-    rank = (ahead.clamp(max=1) + cut) if causal else ahead.clamp(min=0)
-    return torch.where(ahead <= window, rank, -1), (0 < ahead) & (ahead <= window)
+    place = torch.arange(1, T + 1, device=cut.device)
+    rank = place.minimum(cut + 1) if causal else (place - cut).clamp(min=0)
+    return torch.where(place <= cut + window, rank, -1), (cut < place) & (place <= cut + window)
 
 
 def random_rank(B, T, prompt_len, m, rng, causal=False):
-    """Ranks, and which tokens are masked, both (B, T): ranks 1..m at m random places of the
-    answer, 0 for the rest and the prompt. Causal: 1, 2, ... for the prompt, then for the rest of
-    the answer in a random order, then for the masked tokens."""
+    """Ranks, and which tokens are masked, both (B, T): ranks 1..m, m an integer or (B, 1), at m
+    random places of the answer, 0 for the rest and the prompt. Causal: 1, 2, ... for the prompt,
+    then for the rest of the answer in a random order, then for the masked tokens."""
     order = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))   # shuffled 0, 1, 2, ...
     masked = F.pad(order < m, (prompt_len, 0))
     if not causal:
@@ -208,9 +209,10 @@ def random_rank(B, T, prompt_len, m, rng, causal=False):
 
 
 # 4. nats --------------------------------------------------------------------------------------
-# Every system is a generative process, and so has an exact negative log-likelihood. Where the
-# entropy of the answer is known, its floor, "is my loss normal?" has an answer; and the share of
-# right answers among samples at temperature 1 is at least exp(-(nats - floor)).
+# Every system is a generative process with a negative log-likelihood: exact for AR and AR+MTP; for
+# diffusion its mean over random orders, an upper bound. Where the entropy of the answer is known,
+# the floor, "is my loss normal?" has an answer; and the share of right answers among samples at
+# temperature 1 is at least exp(-(nats - floor)).
 
 
 @torch.no_grad()
@@ -253,8 +255,9 @@ def diffusion_table(model, tokens, prompt_len, kind, rng, causal=False):
 
 def diffusion_nats(table, kind, n_latent):
     """Nats for an answer that is decoded in uniformly random order: the sum over m = A..1 of the
-    cross-entropy of one token. In SCDM with k latent tokens that is the token of rank k + 1; in
-    MDM and SIDM the masked tokens have no order and their mean has the least variance."""
+    cross-entropy of one token. In SCDM with k latent tokens that is the token of rank k + 1, or the
+    last one if fewer are masked; in MDM and SIDM the masked tokens have no order and their mean
+    has the least variance."""
     if kind == "semicausal":
         return sum(row[min(n_latent, m)].item() for m, row in enumerate(table))
     return sum(row[:m + 1].mean().item() for m, row in enumerate(table))
@@ -263,8 +266,8 @@ def diffusion_nats(table, kind, n_latent):
 # 5. decoders ----------------------------------------------------------------------------------
 # One token a step. Both return the filled tokens, (B, T), and the number of forward tokens: how
 # many positions went through the transformer for one puzzle, the honest unit of inference cost.
-# With causal ranks (CACHEABLE systems) a known token goes through it once, in all passes of a
-# puzzle. on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
+# With causal context a known token is computed once, masked ones again in every pass.
+# on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
 
 
 def sample(logits, greedy, generator):
@@ -284,16 +287,14 @@ def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, genera
     causal = causal or window == 0
     cache, cached, forward_tokens = {} if causal else None, 0, 0
     for cut in range(prompt_len, T):
+        present = tokens[:, :cut + max(1, window)]               # what is absent is not computed
         if window == 0:
-            present, rank, _ = next_token(tokens[:, :cut + 1], prompt_len, model.mask)
-            n_known = cut + 1
-        else:
-            present = tokens[:, :cut + window]                   # what is absent is not computed
-            cuts = torch.full((1, 1), cut, device=tokens.device)
-            rank, _ = window_rank(present.shape[1], cuts, window, causal)
-            n_known = cut
+            present = next_token(present, prompt_len, model.mask)[0]
+        cuts = torch.full((1, 1), cut, device=tokens.device)
+        rank, _ = window_rank(present.shape[1], cuts, max(1, window), causal)
+        n_known = cut + (window == 0)                     # AR's slots all hold what is known
         positions = torch.arange(cached, present.shape[1], device=tokens.device)[None]
-        visible = visibility(rank[:1], "causal" if causal else "joint")[:, cached:]
+        visible = visibility(rank, "causal" if causal else "joint")[:, cached:]
         logits = model(present[:, cached:], positions, visible, cache, n_known)
         tokens[:, cut] = sample(logits[:, cut - cached], greedy, generator)
         forward_tokens += positions.shape[1]
@@ -323,8 +324,8 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
         n_known = T - m
         positions = torch.cat([known[:, cached:], unknown[:, c:c + k], unknown[:, :c]], dim=1)
         rank = torch.arange(1 - n_known, k + c + 1, device=tokens.device).clamp(max=k + 1)
-        rank = rank + n_known if causal else rank.clamp(min=0)
-        visible = visibility(rank[None], kind)[:, cached:]       # all candidates have the last rank
+        rank = rank + n_known if causal else rank.clamp(min=0)    # two known, one latent and two
+        visible = visibility(rank[None], kind)[:, cached:]        # candidates: 1 2 3 4 4, 0 0 1 2 2
         logits = model(tokens.gather(1, positions), positions, visible, cache, n_known)
         candidate = logits[:, -c:]                                                      # (B, c, V)
         best = candidate.softmax(-1).amax(-1).argmax(1, keepdim=True)                      # (B, 1)
@@ -710,18 +711,21 @@ def new_model(task, args, seed):
 
 def solve(task, args, n, seed, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split, at
-    most 128 at a time. Returns filled (n, T), which are right (n,), and forward_tokens."""
+    most 128 at a time. Returns filled (n, T), which are right (n,), the forward tokens and the
+    seconds of decoding."""
     rng = np.random.default_rng((seed, 2**32))               # training uses (seed, step) up to here
     generator = torch.Generator(args.device).manual_seed(seed)
-    batches = []
+    batches, seconds = [], 0.0
     for i in range(0, n, 128):
         if STOP.is_set():
             raise KeyboardInterrupt
         tokens = torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
+        started = time.time()
         filled, forward_tokens = decode(tokens, generator=generator)
         batches.append(filled.cpu().numpy())
+        seconds += time.time() - started
     filled = np.concatenate(batches)
-    return filled, task.correct(filled), forward_tokens
+    return filled, task.correct(filled), forward_tokens, seconds
 
 
 def held_out_mean(task, args, seed, measure):
@@ -737,9 +741,8 @@ def evaluate(task, model, args, job, n_latent, decode, nats, minutes, order=None
     """Decode --samples test puzzles; returns one record for results.json. Two controls: of the
     valid boards generated, which share was `unseen` in training; and which share of the answers
     is right by `chance`, for the prompt of another puzzle."""
-    started = time.time()
-    filled, right, forward_tokens = solve(task, args, args.samples, job["seed"], "test", decode)
-    seconds = time.time() - started
+    filled, right, forward_tokens, seconds = solve(task, args, args.samples, job["seed"], "test",
+                                                   decode)
     accuracy = right.mean().item()
     if args.watch:
         tqdm.write(watch(task, args, f"{job_name(job)}, latent tokens: {n_latent}", decode))
@@ -886,9 +889,11 @@ def draw(results, path):
 
 
 if __name__ == "__main__":
-    print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked.")
+    print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked;\n"
+          "with causal context ranks are the order of becoming known, and the masked ones last.")
     for title, system, rank in (("AR: position is rank", "ar", [1, 2, 3, 4, 5, 6]),
                                 ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
+                                ("AR+MTP, causal prefix", "mtp-causal", [1, 2, 3, 3, 3, -1]),
                                 ("MDM", "mdm", [0, 3, 0, 1, 2, 4]),
                                 ("SIDM", "sidm", [0, 3, 0, 1, 2, 4]),
                                 ("SCDM", "scdm", [0, 3, 0, 1, 2, 4]),

@@ -646,7 +646,7 @@ def naive_zebra(task, prompt):
 
 
 @pytest.mark.parametrize("size", ["3x3", "3x4"])
-def test_zebra_has_one_solution_and_no_redundant_clue(size):
+def test_zebra_has_one_solution_and_no_clue_was_implied(size):
     task, prompts = Zebra(size), {}
     for split in ("train", "test"):
         batch = task.batch(40 if size == "3x3" else 3, np.random.default_rng(0), split)

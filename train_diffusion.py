@@ -20,8 +20,8 @@ def flags():
     parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
                         help="decode the most certain of some candidates, or a random position")
     parser.add_argument("--candidates", type=latent.at_least(1),
-                        help="random positions to choose from in top-prob order; if not given 8, "
-                        "or a quarter of the answer, so that enough positions can be latent")
+                        help="random positions to choose from in top-prob order; if not given 8 "
+                        "or a quarter of the answer, whichever is less, so that many can be latent")
     return parser
 
 

@@ -6,7 +6,8 @@ the answer is the grid, attribute by attribute, house by house.
 
 Puzzles are made for the grid in which house h holds the h-th thing of every attribute; afterwards
 the things are renamed at random. Clues that are true of it are drawn (first a kind, then a clue)
-and kept if they rule out a rival: one of the other grids, which are all enumerated.
+and kept if they rule out a rival (one of the other grids, which are all enumerated) that the
+clues before them admit; a later clue may make an earlier one redundant.
 
 Source: the Zebra puzzle (Life International, 17 December 1962); kinds of clues as in Lin et al.,
 "ZebraLogic" (2025), arXiv 2502.01100.
@@ -111,7 +112,7 @@ class Zebra:
             kind = rng.integers(len(RULES), size=len(row))
             clue = self.first[kind] + (rng.random(len(row)) * self.count[kind]).astype(np.int64)
             left = rivals[row] & self.admits[clue]
-            useful = (left != rivals[row]).any(1)                           # no clue is redundant
+            useful = (left != rivals[row]).any(1)                           # not yet implied
             rivals[row], chosen[row, used[row]] = left, np.where(useful, clue, 0)
             used[row] += useful
         return chosen[~rivals.any(1)]
