@@ -116,6 +116,8 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("_out.weight"):      # every block starts as the identity: at small
                 nn.init.zeros_(weight)            # widths this matters more than the optimizer
+            elif name in ("token.weight", "position.weight"):
+                nn.init.normal_(weight, std=0.2, generator=generator)
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5, generator=generator)
 
@@ -556,7 +558,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two up to half "
          "the answer, and all; MDM, SIDM, AR and fixed windows have one number only")
-    flag("--steps", type=at_least(1), default=4600, help="training steps")
+    flag("--steps", type=at_least(1), default=4200, help="training steps")
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks")
