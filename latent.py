@@ -511,13 +511,6 @@ def load(path, expected={}):
 # What both scripts share; a reader of the method may stop here.
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the description as it is written, and the defaults that there are."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """An argparse whose complaints are one line."""
 
@@ -544,33 +537,37 @@ def count_or_all(least):
 
 
 def common_flags(description, tasks, systems, default_systems):
-    """The flags that both scripts have; each adds its own."""
-    parser = Parser(description=description, formatter_class=Help)
+    """The flags that both scripts have, [defaults] in brackets; each script adds its own."""
+    parser = Parser(description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
-    flag("--task", default="sudoku", choices=list(tasks), help="the puzzle")
+    flag("--task", default="sudoku", choices=list(tasks), help="the puzzle [%(default)s]")
     flag("--size", help=f"its size and [default]: {sizes}")
     flag("--givens", nargs=2, type=at_least(0), metavar=("FEWEST", "MOST"),
          help="sudoku-puzzle: how many digits a puzzle shows")
     flag("--prompt", choices=["grid", "list"],
          help="sudoku-puzzle: a grid with blanks [grid], or a list of cells and digits")
-    flag("--systems", nargs="+", default=default_systems, choices=systems, help="what to train")
+    flag("--systems", nargs="+", default=default_systems, choices=systems,
+         help=f"what to train [{' '.join(default_systems)}]")
     flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
          help="numbers of latent tokens to sweep; if not given 0, powers of two up to half "
          "the answer, and all; MDM, SIDM, AR and fixed windows have one number only")
-    flag("--steps", type=at_least(1), default=4200, help="training steps")
-    flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step")
-    flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate")
-    flag("--layers", type=at_least(1), default=3, help="transformer blocks")
-    flag("--heads", type=at_least(1), default=2, help="attention heads in a block")
-    flag("--width", type=at_least(1), default=64, help="width of the residual stream")
-    flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each seed")
+    flag("--steps", type=at_least(1), default=4200, help="training steps [%(default)s]")
+    flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step [%(default)s]")
+    flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate [%(default)s]")
+    flag("--layers", type=at_least(1), default=3, help="transformer blocks [%(default)s]")
+    flag("--heads", type=at_least(1), default=2, help="attention heads in a block [%(default)s]")
+    flag("--width", type=at_least(1), default=64, help="width of the residual stream [%(default)s]")
+    flag("--seeds", nargs="+", type=at_least(0), default=[0],
+         help="everything once for each seed [0]")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-         help="auto: the first of cuda, mps, cpu that is there")
+         help="auto: the first of cuda, mps, cpu that is there [auto]")
     flag("--compile", action="store_true", help="train with torch.compile")
     flag("--jobs", type=at_least(0), default=0,
-         help="models side by side; 0: up to two a core, or one on a GPU")
-    flag("--samples", type=at_least(1), default=1024, help="puzzles in each evaluation")
+         help="models side by side; 0: up to two a core, or one on a GPU [0]")
+    flag("--samples", type=at_least(1), default=1024,
+         help="puzzles in each evaluation [%(default)s]")
     flag("--greedy", action="store_true", help="decode the most probable token, do not sample")
     flag("--watch", action="store_true",
          help="at the end solve one puzzle step by step and show what every token predicts")
@@ -828,13 +825,13 @@ def summary(results):
         name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
     rows = []
-    means = ("accuracy", "stderr", "nats", "forward_tokens", "ms_per_puzzle", "train_minutes")
+    means = ("accuracy", "stderr", "nats", "forward_tokens", "ms_per_puzzle", "train_minutes",
+             "unseen", "chance")
     for (name, n_latent), records in sorted(groups.items()):
-        row = {key: np.mean([r[key] for r in records]) for key in means}
+        row = {key: np.mean([math.nan if r.get(key) is None else r[key] for r in records])
+               for key in means}
         if len(records) > 1:
             row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
-        for key in ("unseen", "chance"):
-            row[key] = np.mean([math.nan if r.get(key) is None else r[key] for r in records])
         rows.append({**records[0], **row, "name": name, "seeds": len(records)})
     return rows
 

@@ -22,7 +22,7 @@ def flags():
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
                         help="windows to train MTP and the control with, one model for each: "
                         "random (1, 2, 3, 5, 9, ... or all, as --latents sweeps them by default, "
-                        "drawn for each batch), a number, or all")
+                        "drawn for each batch) [random], a number, or all")
     return parser
 
 

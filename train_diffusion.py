@@ -18,7 +18,8 @@ def flags():
     systems = ["mdm", "sidm", "scdm"]
     parser = latent.common_flags(__doc__, TASKS, [*systems, "scdm-causal"], systems)
     parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
-                        help="decode the most certain of some candidates, or a random position")
+                        help="decode the most certain of some candidates [top-prob], or a random "
+                        "position")
     parser.add_argument("--candidates", type=latent.at_least(1),
                         help="random positions to choose from in top-prob order; if not given 8 "
                         "or a quarter of the answer, whichever is less, so that many can be latent")
