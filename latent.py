@@ -577,11 +577,6 @@ def common_flags(description, tasks, systems, default_systems):
     return parser
 
 
-def sweep(most):
-    """Numbers of latent tokens to try: 0, powers of two up to half the answer, and all."""
-    return [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
-
-
 def prepare(args, parser, tasks, make_jobs):
     """Complete and check the flags before any work is done. Returns the task and the jobs: which
     models to train, each a dict of system, window and seed."""
@@ -608,7 +603,8 @@ def prepare(args, parser, tasks, make_jobs):
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     args.device = choose_device(args.device)
     most = task.seq_len - task.prompt_len - 1
-    args.latents = sorted({most if k == "all" else k for k in args.latents or sweep(most)})
+    args.latents = args.latents or [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
+    args.latents = sorted({most if k == "all" else k for k in args.latents})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
     jobs = [saved["job"]] if args.checkpoint else make_jobs(task, args)

@@ -21,8 +21,8 @@ def flags():
                                  ["ar", "mtp"])
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
                         help="windows to train MTP and the control with, one model for each: "
-                        "random (1, 2, 3, 5, 9, ... or all, as --latents sweeps them by default, "
-                        "drawn for each batch) [random], a number, or all")
+                        "random (1, 2, 4, ... or all, drawn for each batch; windows in between "
+                        "can be decoded, too) [random], a number, or all")
     return parser
 
 
@@ -48,7 +48,8 @@ def experiment(task, args, job, bar_position):
     causal = job["system"] in latent.CACHEABLE
     most = task.seq_len - task.prompt_len
     if job["window"] == "random":
-        windows, sweep = [1 + k for k in latent.sweep(most - 1)], args.latents
+        windows, sweep = [2**i for i in range(most.bit_length()) if 2**i < most], args.latents
+        windows += [most]
     else:
         windows = [job["window"] or 0]
         sweep = [max(0, windows[0] - 1)]
