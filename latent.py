@@ -407,7 +407,7 @@ def train(task, model, objective, decode, args, job, bar_position=0):
     objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: ten times in a training
     it shows how many of 64 training puzzles are solved. Data and masks of a step follow from
     (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
-    device, path = model.token.weight.device, checkpoint_path(args, job)
+    device, path = model.token.weight.device, args.out / f"{job_name(job)}.pt"
     opts = optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
     first, seconds, accuracy, best = 0, 0.0, 0.0, -1.0
@@ -473,11 +473,6 @@ def train(task, model, objective, decode, args, job, bar_position=0):
 def job_name(job):
     """What names a model: its system, its window if it has one, and its seed."""
     return "-".join(str(part) for part in (job["system"], job["window"], f"s{job['seed']}") if part)
-
-
-def checkpoint_path(args, job):
-    """Where the last checkpoint of a job lies."""
-    return args.out / f"{job_name(job)}.pt"
 
 
 def write(path, write_to):
@@ -622,7 +617,7 @@ def prepare(args, parser, tasks, make_jobs):
             if record.get(name) != getattr(args, name):
                 raise RunError(f"--out: {args.out} has results with {name} {record.get(name)}, not "
                                f"{getattr(args, name)}; choose another folder")
-    there = [job_name(job) for job in jobs if checkpoint_path(args, job).exists()]
+    there = [job_name(job) for job in jobs if (args.out / f"{job_name(job)}.pt").exists()]
     if there and not args.resume and not args.checkpoint:
         raise RunError(f"--out: {args.out} has checkpoints of {', '.join(there)}; go on from them "
                        f"with --resume, or choose another folder")
@@ -864,8 +859,8 @@ def draw(results, path):
         curves.setdefault(row["name"], []).append(row)
     for name, rows in curves.items():
         rows.sort(key=lambda row: row["n_latent"])
-        style = dict(label=name, marker="o" if len(rows) > 1 else "*", capsize=3,
-                     linestyle="-" if len(rows) > 1 else "", markersize=5 if len(rows) > 1 else 12)
+        marker = dict(marker="o") if len(rows) > 1 else dict(marker="*", markersize=12)
+        style = dict(label=name, capsize=3, **marker)
         x, accuracy, error = ([r[key] for r in rows] for key in ("n_latent", "accuracy", "stderr"))
         panels[0].errorbar(x, accuracy, error, **style)
         panels[1].errorbar(x, [row["nats"] - (row["nats_floor"] or 0) for row in rows], **style)
