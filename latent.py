@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         the first `n_known` are kept for the next pass."""
         x = self.token(tokens) + self.position(positions)                               # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x, (k, v) = block(x, visible[:, None], cache and cache.get(i))     # one mask, all heads
+            x, (k, v) = block(x, visible[:, None], (cache or {}).get(i))    # one mask, all heads
             if cache is not None:
                 cache[i] = k[:, :, :n_known], v[:, :, :n_known]
         return self.output(self.norm(x))                                       # (B, T, vocab_size)
