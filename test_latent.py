@@ -1042,8 +1042,8 @@ class PlainGPT(nn.Module):
                                                ("9", 6, 256)])
 def test_bench(side, layers, width):
     """Steps per second, the share of the machine's matmul rate in float32 (counting 6 x parameters
-    of the blocks x tokens), milliseconds and forward tokens per puzzle (uniform order, 512 puzzles
-    at once; 64 at side 9)."""
+    of the blocks x tokens), and for small models milliseconds and forward tokens per puzzle
+    (uniform order, 512 puzzles at once; 64 at side 9)."""
     task, A, B = Sudoku(side), int(side) ** 2, 64
     empty = torch.zeros(64 if side == "9" else 512, A, dtype=torch.long)
     large = torch.randn(1024, 1024)
@@ -1065,7 +1065,7 @@ def test_bench(side, layers, width):
         adamw.zero_grad()
 
     steps = rate(plain_step)
-    print(f"{'torch modules':<16}{steps:9.1f}{share(steps):9.0f}")
+    print(f"{'torch modules':<16}{steps:9.2f}{share(steps):9.0f}")
     for system, latents in [("ar", 0), ("mtp", A - 1), ("mtp-causal", A - 1), ("mdm", A - 1),
                             ("sidm", 0), *(("scdm", k) for k in (0, 8, A - 1)),
                             *(("scdm-causal", k) for k in (0, 8, A - 1))]:
@@ -1095,6 +1095,8 @@ def test_bench(side, layers, width):
                 return latent.decode_left_to_right(model, empty, 0, window, causal=causal)[1]
             return latent.decode_any_order(model, empty, 0, kind, latents, 1, causal=causal)[1]
 
-        steps, tokens, puzzles = rate(step), decode(), len(empty) * rate(decode)
-        print(f"{system + ' ' + str(latents):<16}{steps:9.1f}{share(steps):9.0f}"
-              f"{tokens:9}{1000 / puzzles:11.2f}{1e6 / puzzles / tokens:10.2f}")
+        steps, decoding = rate(step), ""
+        if width == 64:
+            tokens, puzzles = decode(), len(empty) * rate(decode)
+            decoding = f"{tokens:9}{1000 / puzzles:11.2f}{1e6 / puzzles / tokens:10.2f}"
+        print(f"{system + ' ' + str(latents):<16}{steps:9.2f}{share(steps):9.0f}{decoding}")
