@@ -194,8 +194,9 @@ def window_rank(T, cut, window, causal=False):
     1..window from there on, then -1, absent. Causal: the position, 1, 2, ..., before the cut, and
     one rank for the whole window, the next."""
     place = torch.arange(1, T + 1, device=cut.device)
+    present = place <= cut + window
     rank = place.minimum(cut + 1) if causal else (place - cut).clamp(min=0)
-    return torch.where(place <= cut + window, rank, -1), (cut < place) & (place <= cut + window)
+    return torch.where(present, rank, -1), (cut < place) & present
 
 
 def random_rank(B, T, prompt_len, m, rng, causal=False):
@@ -203,11 +204,12 @@ def random_rank(B, T, prompt_len, m, rng, causal=False):
     random places of the answer, 0 for the rest and the prompt. Causal: 1, 2, ... for the prompt,
     then for the rest of the answer in a random order, then for the masked tokens."""
     order = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))   # shuffled 0, 1, 2, ...
-    masked = F.pad(order < m, (prompt_len, 0))
-    if not causal:
-        return F.pad((order + 1) * (order < m), (prompt_len, 0)), masked
-    prompt = torch.arange(1, prompt_len + 1).expand(B, prompt_len)
-    return torch.cat([prompt, prompt_len + 1 + (order - m) % (T - prompt_len)], dim=1), masked
+    masked = order < m
+    rank, prompt = (order + 1) * masked, torch.zeros(B, prompt_len, dtype=torch.int64)
+    if causal:
+        rank = prompt_len + 1 + (order - m) % (T - prompt_len)
+        prompt = torch.arange(1, prompt_len + 1).expand(B, prompt_len)
+    return torch.cat([prompt, rank], dim=1), F.pad(masked, (prompt_len, 0))
 
 
 # 4. nats --------------------------------------------------------------------------------------

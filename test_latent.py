@@ -1055,48 +1055,45 @@ def test_bench(side, layers, width):
     def share(steps):
         return 100 * 6 * layers * 12 * width**2 * B * A * steps / peak
 
-    gpt = PlainGPT(task.vocab_size, A, layers, width // 32, width)
-    adamw, rng = torch.optim.AdamW(gpt.parameters(), 1e-3), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
-    def plain_step():
-        gpt.loss(torch.from_numpy(task.batch(B, rng, "train"))).backward()
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad()
-
-    steps = rate(plain_step)
-    print(f"{'torch modules':<16}{steps:9.2f}{share(steps):9.0f}")
-    for system, latents in [("ar", 0), ("mtp", A - 1), ("mtp-causal", A - 1), ("mdm", A - 1),
-                            ("sidm", 0), *(("scdm", k) for k in (0, 8, A - 1)),
-                            *(("scdm-causal", k) for k in (0, 8, A - 1))]:
-        kind, causal = latent.KIND[system], system in latent.CACHEABLE
-        model = latent.Transformer(latent.Config(task.vocab_size, A, layers, width // 32, width))
-        opts = latent.optimizers(model, 1e-3)
-
+    def steps_per_second(loss, model, opts):
         def step():
-            tokens = torch.from_numpy(task.batch(B, rng, "train"))
-            if system == "ar":
-                inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
-            elif system.startswith("mtp"):
-                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A,
-                                                          causal=causal)
-            else:
-                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng, causal)
-            ce = latent.cross_entropy(model, tokens, inputs, rank, kind)
-            (weight * ce).sum().backward()
+            loss(torch.from_numpy(task.batch(B, rng, "train"))).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in opts:
                 opt.step()
                 opt.zero_grad()
+        return rate(step)
 
-        def decode():
-            if system == "ar" or system.startswith("mtp"):
-                window = 0 if system == "ar" else latents + 1
-                return latent.decode_left_to_right(model, empty, 0, window, causal=causal)[1]
-            return latent.decode_any_order(model, empty, 0, kind, latents, 1, causal=causal)[1]
+    gpt = PlainGPT(task.vocab_size, A, layers, width // 32, width)
+    steps = steps_per_second(gpt.loss, gpt, [torch.optim.AdamW(gpt.parameters())])
+    print(f"{'torch modules':<16}{steps:9.2f}{share(steps):9.0f}")
+    for system, sweep in [("ar", [0]), ("mtp", [A - 1]), ("mtp-causal", [A - 1]), ("mdm", [A - 1]),
+                          ("sidm", [0]), ("scdm", [0, 8, A - 1]), ("scdm-causal", [0, 8, A - 1])]:
+        kind, causal = latent.KIND[system], system in latent.CACHEABLE
+        left_to_right = system in ("ar", "mtp", "mtp-causal")
+        model = latent.Transformer(latent.Config(task.vocab_size, A, layers, width // 32, width))
 
-        steps, decoding = rate(step), ""
-        if width == 64:
+        def loss(tokens):
+            if system == "ar":
+                inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
+            elif left_to_right:
+                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A,
+                                                          causal=causal)
+            else:
+                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng, causal)
+            return (weight * latent.cross_entropy(model, tokens, inputs, rank, kind)).sum()
+
+        steps = steps_per_second(loss, model, latent.optimizers(model, 1e-3))
+        print(f"{system:<16}{steps:9.2f}{share(steps):9.0f}")
+        for k in sweep if width == 64 else []:
+            def decode():
+                if left_to_right:
+                    window = 0 if system == "ar" else k + 1
+                    return latent.decode_left_to_right(model, empty, 0, window, causal=causal)[1]
+                return latent.decode_any_order(model, empty, 0, kind, k, 1, causal=causal)[1]
+
             tokens, puzzles = decode(), len(empty) * rate(decode)
-            decoding = f"{tokens:9}{1000 / puzzles:11.2f}{1e6 / puzzles / tokens:10.2f}"
-        print(f"{system + ' ' + str(latents):<16}{steps:9.2f}{share(steps):9.0f}{decoding}")
+            print(f"{k:>10} latents {tokens:24}{1000 / puzzles:11.2f}"
+                  f"{1e6 / puzzles / tokens:10.2f}")

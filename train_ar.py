@@ -47,9 +47,9 @@ def experiment(task, args, job, bar_position):
     model = latent.new_model(task, args, job["seed"])
     causal = job["system"] in latent.CACHEABLE
     most = task.seq_len - task.prompt_len
+    windows = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
     if job["window"] == "random":
-        windows, sweep = [2**i for i in range(most.bit_length()) if 2**i < most], args.latents
-        windows += [most]
+        sweep = args.latents
     else:
         windows = [job["window"] or 0]
         sweep = [max(0, windows[0] - 1)]
