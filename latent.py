@@ -73,7 +73,7 @@ class Config:
     vocab_size: int           # tokens that can be predicted; the mask is one more, that can not
     seq_len: int              # prompt and answer
     layers: int = 3
-    heads: int = 2
+    heads: int = 4
     width: int = 64
 
 
@@ -95,6 +95,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])   # QK norm: steadier seeds
         if past:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -554,7 +555,7 @@ def common_flags(description, tasks, systems, default_systems):
     flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step [%(default)s]")
     flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate [%(default)s]")
     flag("--layers", type=at_least(1), default=3, help="transformer blocks [%(default)s]")
-    flag("--heads", type=at_least(1), default=2, help="attention heads in a block [%(default)s]")
+    flag("--heads", type=at_least(1), default=4, help="attention heads in a block [%(default)s]")
     flag("--width", type=at_least(1), default=64, help="width of the residual stream [%(default)s]")
     flag("--seeds", nargs="+", type=at_least(0), default=[0],
          help="everything once for each seed [0]")

@@ -127,7 +127,9 @@ def test_attention_is_a_naive_softmax():
     y = torch.zeros_like(x)
     for b, i, h in itertools.product(range(3), range(6), range(heads)):
         part = slice(8 * h, 8 * h + 8)
-        scores = {j: math.exp((q[b, i, part] @ k[b, j, part]).item() / math.sqrt(8))
+        queries, keys = (x[b, :, part] / (x[b, :, part] ** 2).mean(1, keepdim=True).sqrt()
+                         for x in (q, k))
+        scores = {j: math.exp((queries[i] @ keys[j]).item() / math.sqrt(8))
                   for j in range(6) if visible[b, i, j]}
         y[b, i, part] = sum(s * v[b, j, part] for j, s in scores.items()) / sum(scores.values())
     x1 = x + y @ block.attention_out.weight.T
@@ -1038,9 +1040,9 @@ class PlainGPT(nn.Module):
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("side,layers,width", [("4", 3, 64), ("6", 3, 64), ("9", 3, 64),
-                                               ("9", 6, 256)])
-def test_bench(side, layers, width):
+@pytest.mark.parametrize("side,layers,heads,width", [("4", 3, 4, 64), ("6", 3, 4, 64),
+                                                     ("9", 3, 4, 64), ("9", 6, 8, 256)])
+def test_bench(side, layers, heads, width):
     """Steps per second, the share of the machine's matmul rate in float32 (counting 6 x parameters
     of the blocks x tokens), and for small models milliseconds and forward tokens per puzzle
     (uniform order, 512 puzzles at once; 64 at side 9)."""
@@ -1066,14 +1068,14 @@ def test_bench(side, layers, width):
                 opt.zero_grad()
         return rate(step)
 
-    gpt = PlainGPT(task.vocab_size, A, layers, width // 32, width)
+    gpt = PlainGPT(task.vocab_size, A, layers, heads, width)
     steps = steps_per_second(gpt.loss, gpt, [torch.optim.AdamW(gpt.parameters())])
     print(f"{'torch modules':<16}{steps:9.2f}{share(steps):9.0f}")
     for system, sweep in [("ar", [0]), ("mtp", [A - 1]), ("mtp-causal", [A - 1]), ("mdm", [A - 1]),
                           ("sidm", [0]), ("scdm", [0, 8, A - 1]), ("scdm-causal", [0, 8, A - 1])]:
         kind, causal = latent.KIND[system], system in latent.CACHEABLE
         left_to_right = system in ("ar", "mtp", "mtp-causal")
-        model = latent.Transformer(latent.Config(task.vocab_size, A, layers, width // 32, width))
+        model = latent.Transformer(latent.Config(task.vocab_size, A, layers, heads, width))
 
         def loss(tokens):
             if system == "ar":

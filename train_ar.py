@@ -21,8 +21,7 @@ def flags():
                                  ["ar", "mtp"])
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
                         help="windows to train MTP and the control with, one model for each: "
-                        "random (1, 2, 4, ... or all, drawn for each batch; windows in between "
-                        "can be decoded, too) [random], a number, or all")
+                        "random (from 1 to all, drawn for each batch) [random], a number, or all")
     return parser
 
 
@@ -46,18 +45,14 @@ def experiment(task, args, job, bar_position):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     model = latent.new_model(task, args, job["seed"])
     causal = job["system"] in latent.CACHEABLE
-    most = task.seq_len - task.prompt_len
-    windows = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
-    if job["window"] == "random":
-        sweep = args.latents
-    else:
-        windows = [job["window"] or 0]
-        sweep = [max(0, windows[0] - 1)]
+    is_random, most = job["window"] == "random", task.seq_len - task.prompt_len
+    sweep = args.latents if is_random else [(job["window"] or 1) - 1]
 
     def objective(tokens, rng):
         if job["system"] == "ar":
             return latent.next_token(tokens, task.prompt_len, model.mask)
-        return latent.multi_token(tokens, task.prompt_len, model.mask, rng, rng.choice(windows),
+        window = rng.integers(1, most, endpoint=True) if is_random else job["window"]
+        return latent.multi_token(tokens, task.prompt_len, model.mask, rng, window,
                                   job["system"] != "control", causal)
 
     def decode(tokens, n_latent, generator, on_step=None):
