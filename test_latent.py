@@ -749,6 +749,7 @@ BAD_INPUT = [
     ("train_ar.py", "--task sudoku-puzzle --givens 0 0", "--givens"),
     ("train_ar.py", "--task sudoku-puzzle --givens 1", "--givens"),
     ("train_ar.py", "--task sudoku-puzzle --size 4 --givens 4 17", "--givens"),
+    ("train_ar.py", "--task sudoku-puzzle --givens 0 4", "too few"),
     ("train_ar.py", "--steps 1.5", "--steps"), ("train_ar.py", "--steps", "--steps"),
     ("train_ar.py", "--batch-size 0", "--batch-size"), ("train_ar.py", "--samples 0", "--samples"),
     ("train_ar.py", "--lr inf", "--lr"), ("train_ar.py", "--layers 0", "--layers"),

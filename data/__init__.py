@@ -1,4 +1,4 @@
-"""The tasks. A new puzzle is one new file and one new line in TASKS.
+"""The tasks. A new puzzle is one new file, its import here, and its name in TASKS.
 
 A task has: name, sizes, default_size, vocab_size, seq_len, prompt_len (0: no prompt), floor_nats
 (entropy of the answer given the prompt, None where unknown), batch(n, rng, split) -> int64
