@@ -97,7 +97,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
-        # QK norm (Henry et al., arXiv 2010.04245): MDM from 79 to 83 % in 2,500 steps (two seeds).
+        # QK norm (Henry et al., arXiv 2010.04245).
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if past:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
