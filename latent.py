@@ -49,7 +49,7 @@ from tqdm import tqdm
 def visibility(rank, kind):
     """rank (B, T) int -> (B, T, T) bool: may the query (middle index) attend to the key (last)?"""
     query, key = rank[:, :, None], rank[:, None, :]
-    itself = torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)   # all see something
+    itself = torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)   # even if absent
     clean, earlier = key == 0, (0 < key) & (key < query)
     if kind == "joint":               # MDM, AR+MTP: everybody sees everybody
         return (key >= 0) | itself
@@ -355,8 +355,9 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
 OF_THE_MODEL = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr", "layers", "heads",
                 "width")
 CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
-STOP = CONTEXT.Event()           # set by Ctrl-C: every training ends after its step and is saved;
-#                                  under torchrun it ends at once, and the last minute is lost
+# Ctrl-C sets STOP: every training ends after its step and is saved. Under torchrun it ends at once,
+# and the last minute is lost.
+STOP = CONTEXT.Event()
 RANK = int(os.environ.get("RANK", 0))               # torchrun tells which of how many processes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))   # this one is; they share every batch
 
@@ -391,7 +392,7 @@ def autocast(device):
 def side_by_side(device):
     """How many models to train at once: several small ones keep the cores of a CPU busier than
     several cores one small model, and three on two cores end together."""
-    return max(1, 3 * torch.get_num_threads() // 2) if device == "cpu" else 1
+    return 3 * torch.get_num_threads() // 2 if device == "cpu" else 1
 
 
 def optimizers(model, lr):
