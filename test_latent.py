@@ -625,19 +625,19 @@ def test_countdown_and_its_checker(n):
 
 def naive_zebra(task, prompt):
     """All grids that the clues of a prompt admit, each as a tuple of things, by brute force."""
-    H, first_kind = task.houses, task.things + task.houses
+    H = task.houses
 
     def admits(clue, house):
-        kind, x, y, z = clue[0] - first_kind, *clue[1:]
+        rule, x, y, z = clue
         at = {**house, **{task.things + h: h for h in range(H)}}
-        if kind == 5:
+        if rule == 6:
             return at[x] < at[z] < at[y] or at[y] < at[z] < at[x]
-        if kind == 6:
+        if rule == 7:
             return at[x] in (0, H - 1)
-        return [at[x] == at[y], at[x] != at[y], at[y] - at[x] == 1, at[y] > at[x],
-                at[y] - at[x] in (1, -1), None, None, at[x] == at[y]][kind]
+        return [None, at[x] == at[y], at[x] != at[y], at[y] - at[x] == 1, at[y] > at[x],
+                at[y] - at[x] in (1, -1), None, None, at[x] == at[y]][rule]
 
-    clues = [c for c in np.reshape(prompt, (-1, 4)).tolist() if c[0] != task.pad]
+    clues = [task.clues[token - task.things].tolist() for token in prompt if token != task.things]
     orders = [itertools.permutations(range(a * H, a * H + H)) for a in range(task.attributes)]
     found = []
     for grid in itertools.product(*orders):
@@ -658,10 +658,10 @@ def test_zebra_has_one_solution_and_no_clue_was_implied(size):
             prompt, answer = row[:task.prompt_len], row[task.prompt_len:]
             found, clues = naive_zebra(task, prompt)
             assert found == [tuple(answer)]
-            counts = [len(naive_zebra(task, clues[:i])[0]) for i in range(len(clues) + 1)]
+            counts = [len(naive_zebra(task, prompt[:i])[0]) for i in range(len(clues) + 1)]
             assert all(after < before for before, after in itertools.pairwise(counts))
-            for kind, x, y, _ in clues:
-                assert kind - task.first_kind not in (0, 1, 4, 5) or x < y       # tells nothing
+            for rule, x, y, _ in clues:
+                assert rule not in (1, 2, 5, 6) or x < y                         # tells nothing
     assert not prompts["train"] & prompts["test"]
 
 
@@ -672,7 +672,7 @@ def test_zebra_checker_is_brute_force():
         *(itertools.permutations(range(3 * a, 3 * a + 3)) for a in range(3)))]
     for row in batch:
         prompt = row[:task.prompt_len].copy()
-        prompt[4 * 3:] = task.pad                       # with three clues several grids are right
+        prompt[3:] = task.things                        # with three clues several grids are right
         tokens = np.array([[*prompt, *grid] for grid in grids])
         expected = set(naive_zebra(task, prompt)[0])
         assert {grid for grid, right in zip(grids, task.correct(tokens)) if right} == expected

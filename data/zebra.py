@@ -1,8 +1,8 @@
 """Zebra: who lives in which house? Every attribute (colour, pet, ...) is a permutation over the
 houses, and clues admit exactly one grid.
 
-The prompt is a list of clues, four tokens each (a kind and up to three things), padded at its end;
-the answer is the grid, attribute by attribute, house by house.
+The prompt is a list of clues, one token for each clue that there is, padded at its end; the answer
+is the grid, attribute by attribute, house by house.
 
 Puzzles are made for the grid in which house h holds the h-th thing of every attribute; afterwards
 the things are renamed at random. Clues that are true of it are drawn (first a kind, then a clue)
@@ -19,6 +19,7 @@ import numpy as np
 from data.split import in_test
 
 RULES = [      # what a clue says of its things, and when that is true: x, y, z are their houses
+    ("", lambda x, y, z, last: x == x),                               # the padding says nothing
     ("{} and {} share a house", lambda x, y, z, last: x == y),
     ("{} and {} do not share a house", lambda x, y, z, last: x != y),
     ("{} is immediately left of {}", lambda x, y, z, last: x + 1 == y),
@@ -27,7 +28,7 @@ RULES = [      # what a clue says of its things, and when that is true: x, y, z 
     ("{2} is between {0} and {1}", lambda x, y, z, last: (z - x) * (y - z) > 0),
     ("{} is at an end", lambda x, y, z, last: (x == 0) | (x == last)),
     ("{} is at {}", lambda x, y, z, last: x == y)]                    # its y is a house
-SYMMETRIC = (0, 1, 4, 5)                       # x and y can be swapped: the smaller token is first
+SYMMETRIC = (1, 2, 5, 6)                    # x and y can be swapped: the smaller one is first
 THINGS = [["red", "green", "blue", "white"], ["Dane", "Swede", "Brit", "Finn"],
           ["cat", "dog", "horse", "zebra"], ["tea", "milk", "juice", "water"]]
 CLUES = {"3x3": 9, "3x4": 12, "4x3": 13, "4x4": 16}                 # places for clues in a prompt
@@ -35,56 +36,56 @@ CLUES = {"3x3": 9, "3x4": 12, "4x3": 13, "4x4": 16}                 # places for
 
 class Zebra:
     """Find the grid that all clues admit. A size HxA is H houses with A attributes. Tokens: first
-    the things, attribute by attribute, then the houses, the kinds of clues, and the padding."""
+    the things, attribute by attribute, then the padding and the clues."""
 
     name, sizes, default_size = "zebra", tuple(CLUES), "3x3"
     floor_nats = 0.0                                                    # there is one solution
 
     def __init__(self, size=default_size):
         self.houses, self.attributes = map(int, size.split("x"))
-        self.clues, self.things = CLUES[size], self.houses * self.attributes
-        self.first_kind = self.things + self.houses
-        self.pad = self.first_kind + len(RULES)
-        self.vocab_size = self.pad + 1
-        self.prompt_len = 4 * self.clues
+        self.prompt_len, self.things = CLUES[size], self.houses * self.attributes
         self.seq_len = self.prompt_len + self.things
+        self.clues = np.array(list(self._all_clues()))              # (clues, 4): a rule and x, y, z
+        self.vocab_size = self.things + len(self.clues)
+        self.number = np.zeros((len(RULES), *[self.things + self.houses + 1] * 3), dtype=np.int64)
+        self.number[tuple(self.clues.T)] = np.arange(len(self.clues))
 
         solution = np.tile(np.arange(self.houses), self.attributes)       # the house of each thing
         orders = list(itertools.permutations(range(self.houses)))
         grids = np.array(list(itertools.product(orders, repeat=self.attributes)), dtype=np.int8)
         grids = grids.reshape(-1, self.things)
         home, homes = self._homes(solution[None]), self._homes(grids[(grids != solution).any(1)])
-        true = np.array([clue for clue in self._all_clues() if self._rule(clue, home)[0]])
-        self.table = np.concatenate([np.full((1, 4), self.pad), true])    # clue 0 is the padding
-        everything = np.packbits(np.ones(homes.shape[1], dtype=bool))
-        self.admits = np.stack([everything, *(np.packbits(self._rule(c, homes)) for c in true)])
-        kinds = true[:, 0] - self.first_kind
-        self.first = 1 + np.searchsorted(kinds, np.arange(len(RULES)))
-        self.count = np.bincount(kinds)
+        self.true = np.array([i for i, clue in enumerate(self.clues) if self._rule(clue, home)[0]])
+        self.admits = np.stack([np.packbits(self._rule(clue, homes))
+                                for clue in self.clues[self.true]])
+        rules = self.clues[self.true, 0]
+        self.first, self.count = np.searchsorted(rules, np.arange(len(RULES))), np.bincount(rules)
 
     def _homes(self, houses):
-        """The house of each thing, (n, things) -> the house of each token, (vocab_size, n)."""
-        homes = np.zeros((self.vocab_size, len(houses)), dtype=np.int8)
+        """The house of each thing, (n, things) -> of each thing, house and nothing, (names, n)."""
+        homes = np.zeros((self.things + self.houses + 1, len(houses)), dtype=np.int8)
         homes[:self.things] = houses.T
-        homes[self.things:self.first_kind] = np.arange(self.houses)[:, None]
+        homes[self.things:-1] = np.arange(self.houses)[:, None]
         return homes
 
     def _rule(self, clue, homes):
-        """In which grids is a clue, four tokens, true? homes (vocab_size, n) -> bool (n,)."""
-        kind, x, y, z = clue
-        return RULES[kind - self.first_kind][1](homes[x], homes[y], homes[z], self.houses - 1)
+        """In which grids is a clue true? homes (names, n) -> bool (n,)."""
+        rule, x, y, z = clue
+        return RULES[rule][1](homes[x], homes[y], homes[z], self.houses - 1)
 
     def _all_clues(self):
-        """Every clue that there is, as four tokens, kind by kind."""
+        """Every clue that there is, rule by rule; the padding first, which says nothing."""
+        nothing = self.things + self.houses
         pairs = list(itertools.combinations(range(self.things), 2))
         unlike = [(x, y) for x, y in pairs if x // self.houses != y // self.houses]
         ordered = list(itertools.permutations(range(self.things), 2))
         between = [(x, y, z) for x, y in pairs for z in range(self.things) if z not in (x, y)]
         alone = [(x,) for x in range(self.things)]
-        at = list(itertools.product(range(self.things), range(self.things, self.first_kind)))
-        for kind, of in enumerate([unlike, unlike, ordered, ordered, pairs, between, alone, at]):
+        at = list(itertools.product(range(self.things), range(self.things, nothing)))
+        for rule, of in enumerate([[()], unlike, unlike, ordered, ordered, pairs, between, alone,
+                                   at]):
             for things in of:
-                yield (self.first_kind + kind, *things, *[self.pad] * (3 - len(things)))
+                yield (rule, *things, *[nothing] * (3 - len(things)))
 
     def batch(self, n, rng, split):
         """n puzzles with their solutions, int64 (n, seq_len)."""
@@ -93,24 +94,25 @@ class Zebra:
         names = rng.random((len(chosen), self.attributes, self.houses)).argsort(2)
         names += self.houses * np.arange(self.attributes)[:, None]
         answer = names.reshape(len(chosen), self.things)
-        others = np.tile(np.arange(self.things, self.vocab_size), (len(chosen), 1))
-        names = np.concatenate([answer, others], axis=1)                        # (n, vocab_size)
-        clues = self.table[chosen].reshape(len(chosen), self.prompt_len)
-        clues = np.take_along_axis(names, clues, axis=1).reshape(len(chosen), self.clues, 4)
-        swap = np.isin(clues[..., 0] - self.first_kind, SYMMETRIC) & (clues[..., 1] > clues[..., 2])
-        clues[swap] = clues[swap][:, [0, 2, 1, 3]]       # or their order would tell who is left
-        puzzles = np.concatenate([clues.reshape(len(chosen), self.prompt_len), answer], axis=1)
+        others = np.tile(np.arange(self.things, self.things + self.houses + 1), (len(chosen), 1))
+        names = np.concatenate([answer, others], axis=1)                            # (n, names)
+        rule, x, y, z = self.clues[self.true[chosen]].transpose(2, 0, 1)         # each (n, places)
+        x, y, z = (np.take_along_axis(names, w, axis=1) for w in (x, y, z))
+        swap = np.isin(rule, SYMMETRIC) & (x > y)
+        prompt = self.things + self.number[rule, np.where(swap, y, x), np.where(swap, x, y), z]
+        puzzles = np.concatenate([prompt, answer], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
         return puzzles
 
     def _choose(self, n, rng):
-        """The clues of at most n puzzles, (n, places), as rows of the table."""
-        chosen, used = np.zeros((n, self.clues), dtype=np.int64), np.zeros(n, dtype=np.int64)
+        """The clues of at most n puzzles, (n, places), as places in the list of true clues."""
+        shape = n, self.prompt_len
+        chosen, used = np.zeros(shape, dtype=np.int64), np.zeros(n, dtype=np.int64)
         rivals = np.repeat(self.admits[:1], n, axis=0)                      # one bit for each rival
-        while len(row := np.flatnonzero(rivals.any(1) & (used < self.clues))):
-            kind = rng.integers(len(RULES), size=len(row))
-            clue = self.first[kind] + (rng.random(len(row)) * self.count[kind]).astype(np.int64)
+        while len(row := np.flatnonzero(rivals.any(1) & (used < self.prompt_len))):
+            rule = rng.integers(1, len(RULES), size=len(row))
+            clue = self.first[rule] + (rng.random(len(row)) * self.count[rule]).astype(np.int64)
             left = rivals[row] & self.admits[clue]
             useful = (left != rivals[row]).any(1)                           # not yet implied
             rivals[row], chosen[row, used[row]] = left, np.where(useful, clue, 0)
@@ -124,22 +126,22 @@ class Zebra:
         things = np.arange(self.things).reshape(self.attributes, self.houses)
         right = (np.sort(answer, axis=2) == things).all((1, 2))
         homes = self._homes(answer.argsort(2).reshape(n, self.things))
-        for kind, x, y, z in tokens[:, :self.prompt_len].reshape(n, -1, 4).transpose(1, 2, 0):
-            for i, (_, rule) in enumerate(RULES):
-                true = rule(homes[x, row], homes[y, row], homes[z, row], self.houses - 1)
-                right &= (kind != self.first_kind + i) | true
+        clues = self.clues[tokens[:, :self.prompt_len] - self.things]            # (n, places, 4)
+        for rule, x, y, z in clues.transpose(1, 2, 0):
+            for i, (_, is_true) in enumerate(RULES):
+                true = is_true(homes[x, row], homes[y, row], homes[z, row], self.houses - 1)
+                right &= (rule != i) | true
         return right
 
     def show(self, tokens, mark=lambda place, text: text):
         """One row of tokens, (seq_len,), as a person would write it. Every token of the answer is
         shown as mark(place, text); what is no thing is a dot."""
         names = [name for those in THINGS[:self.attributes] for name in those[:self.houses]]
-        names += [f"house {h + 1}" for h in range(self.houses)] + [""] * (len(RULES) + 1)
+        names += [*(f"house {h + 1}" for h in range(self.houses)), ""]
         lines = []
-        for kind, *things in np.asarray(tokens[:self.prompt_len]).reshape(-1, 4):
-            if kind < self.pad:
-                text = RULES[kind - self.first_kind][0]
-                lines.append(text.format(*(names[t] for t in things)))
+        for rule, *things in self.clues[np.asarray(tokens[:self.prompt_len]) - self.things]:
+            if rule > 0:
+                lines.append(RULES[rule][0].format(*(names[t] for t in things)))
         for start in range(self.prompt_len, self.seq_len, self.houses):
             lines.append("".join(
                 mark(i, f"{names[tokens[i]] if 0 <= tokens[i] < self.things else '.':<8}")
