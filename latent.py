@@ -410,14 +410,15 @@ def schedule(step, steps, warmup=100):
 
 
 def train(task, model, objective, decode, args, job, bar_position=0):
-    """Train a model and keep two checkpoints of it, the last and the best; returns the minutes.
+    """Train a model and keep two checkpoints of it, the last and the best; returns for the
+    results how long that took, and its probes.
 
     objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: ten times in a training
-    it shows how many of 64 training puzzles are solved. Data and masks of a step follow from
+    it probes how many of 64 training puzzles are solved. Data and masks of a step follow from
     (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
     path, opts = args.out / f"{job_name(job)}.pt", optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
-    source, first, seconds, accuracy, best = args.checkpoint or path, 0, 0.0, 0.0, -1.0
+    source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
     if args.checkpoint or args.resume and path.exists():
         saved = load(source, {**settings, **job})
         try:
@@ -426,9 +427,9 @@ def train(task, model, objective, decode, args, job, bar_position=0):
                 opt.load_state_dict(state)
         except (RuntimeError, ValueError):
             raise RunError(f"{source}: a damaged checkpoint") from None
-        first, seconds, accuracy, best = (saved[x] for x in ("step", "seconds", "accuracy", "best"))
+        first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
     if args.checkpoint:
-        return seconds / 60
+        return {"train_minutes": seconds / 60, "probes": probes}
     network = torch.compile(model) if args.compile else model
     network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
     started = saved_at = time.time()
@@ -461,19 +462,21 @@ def train(task, model, objective, decode, args, job, bar_position=0):
                 raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at "
                                f"step {step}, learning rate {lr:.2g}; {last}")
             if probing:
-                accuracy = solve(task, args, 64, job["seed"], "train", decode)[1].mean().item()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.0%}")
+                right = solve(task, args, 64, job["seed"], "train", decode)[1]
+                probes.append([step + 1, right.mean().item()])
+            so_far = f", accuracy {probes[-1][1]:.0%}" if probes else ""
+            bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}")
         if saving:
-            saved_at, is_best, best = time.time(), accuracy > best, max(best, accuracy)
+            saved_at = time.time()
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
                        "step": step + 1, "seconds": seconds + saved_at - started, "job": job,
-                       "accuracy": accuracy, "best": best, "settings": settings}
+                       "probes": probes, "settings": settings}
             write(path, lambda file: torch.save(content, file))
-            if is_best:
+            if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
                 write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
         if STOP.is_set():
             raise KeyboardInterrupt
-    return (seconds + time.time() - started) / 60
+    return {"train_minutes": (seconds + time.time() - started) / 60, "probes": probes}
 
 
 def job_name(job):
@@ -497,7 +500,7 @@ def load(path, expected={}):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = {**saved["settings"], **saved["job"]}
-        [saved[x] for x in ("model", "optimizers", "step", "seconds", "accuracy", "best")]
+        [saved[x] for x in ("model", "optimizers", "step", "seconds", "probes")]
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint") from None
     except Exception:
@@ -733,7 +736,7 @@ def held_out_mean(task, args, seed, measure):
     return total
 
 
-def evaluate(task, model, args, job, n_latent, decode, nats, minutes, order=None, candidates=None):
+def evaluate(task, model, args, job, n_latent, decode, nats, training, order=None, candidates=None):
     """Decode --samples test puzzles; returns one record for results.json. Two controls: of the
     valid boards generated, which share was `unseen` in training; and which share of the answers
     is right by `chance`, for the prompt of another puzzle."""
@@ -753,7 +756,7 @@ def evaluate(task, model, args, job, n_latent, decode, nats, minutes, order=None
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
             "chance": chance, "nats": nats, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
-            "train_minutes": minutes, "order": order, "candidates": candidates,
+            **training, "order": order, "candidates": candidates,
             "greedy": args.greedy, "samples": args.samples,
             **{name: getattr(args, name) for name in OF_THE_MODEL},
             "params": sum(w.numel() for w in model.parameters()),

@@ -889,7 +889,7 @@ def test_controls_of_an_evaluation(tmp_path):
         def decode(tokens, generator):
             solved.append(torch.from_numpy(task.batch(len(tokens), rng, split)))
             return solved[-1], 1
-        return latent.evaluate(task, model, args, JOB, 0, decode, 0.0, 0.0), torch.cat(solved)
+        return latent.evaluate(task, model, args, JOB, 0, decode, 0.0, {}), torch.cat(solved)
 
     record, puzzles = evaluate(task, "test")
     by_chance = sum(all(given in (4, cell) for given, cell in zip(one[:16], other[16:]))

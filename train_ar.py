@@ -65,11 +65,11 @@ def experiment(task, args, job, bar_position):
             return latent.next_token_nats(model, tokens, task.prompt_len)
         return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1, causal)
 
-    minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
-                           bar_position)
+    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
+                            bar_position)
     return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
                             latent.held_out_mean(task, args, job["seed"],
-                                                 partial(nats, n_latent=n_latent)), minutes)
+                                                 partial(nats, n_latent=n_latent)), training)
             for n_latent in sweep]
 
 

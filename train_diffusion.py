@@ -52,11 +52,11 @@ def experiment(task, args, job, bar_position):
     def table_of(tokens, rng):
         return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng, causal)
 
-    minutes = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
-                           bar_position)
+    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
+                            bar_position)
     table = latent.held_out_mean(task, args, job["seed"], table_of)
     return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
-                            latent.diffusion_nats(table, kind, n_latent), minutes,
+                            latent.diffusion_nats(table, kind, n_latent), training,
                             args.order, candidates)
             for n_latent in sweep]
 
