@@ -912,6 +912,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert all(weight.isfinite().all() for weight in saved["model"].values())
 
 
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
+    args, task = arguments("--out", tmp_path)
+    accuracies = iter([0, 3, 2, 5, 1, 5, 4, 0, 0, 0, 2, 1])                           # of 64 puzzles
+    monkeypatch.setattr(latent, "solve",
+                        lambda *_: (None, np.arange(64) < next(accuracies), None, None))
+    train_once(args, task, JOB)
+    probes = latent.load(tmp_path / "mdm-s0.pt")["probes"]
+    assert [step for step, _ in probes] == list(range(1, 13)) and probes[3] == [4, 5 / 64]
+    assert latent.load(tmp_path / "mdm-s0.best.pt")["step"] == 6
+
+
 @pytest.mark.parametrize("trouble", ["full disk", "torn file", "vanished folder"])
 def test_what_was_saved_stays(tmp_path, monkeypatch, trouble):
     folder = tmp_path / "out"
