@@ -1,11 +1,12 @@
 """Zebra: who lives in which house? Every attribute (colour, pet, ...) is a permutation over the
 houses, and clues admit exactly one grid.
 
-The prompt is a list of clues, one token for each clue that there is, padded at its end; the answer
-is the grid, attribute by attribute, house by house.
+The prompt is a list of clues, padded at its end; the answer is the grid, attribute by attribute,
+house by house. Every clue that there is has a token of its own, since small models learn little in
+minutes where a clue is four tokens (its rule and its things).
 
 Puzzles are made for the grid in which house h holds the h-th thing of every attribute; afterwards
-the things are renamed at random. Clues that are true of it are drawn (first a kind, then a clue)
+the things are renamed at random. Clues that are true of it are drawn (first a rule, then a clue)
 and kept if they rule out a rival (one of the other grids, which are all enumerated) that the
 clues before them admit; a later clue may make an earlier one redundant.
 
