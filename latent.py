@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -360,13 +361,14 @@ CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the sa
 STOP = CONTEXT.Event()
 RANK = int(os.environ.get("RANK", 0))               # torchrun tells which of how many processes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))   # this one is; they share every batch
+BAR = 0                                             # the line of this process's progress bar
 
 
 class RunError(Exception):
     """What ends a run and can be said in one line. The scripts exit with status 2."""
 
 
-# The three functions that name devices. Everything else runs on any.
+# Three functions know one device from another. Everything else runs on any.
 
 
 def choose_device(name):
@@ -400,33 +402,30 @@ def optimizers(model, lr):
     in the time in which AdamW alone came to 74 %."""
     matrices = [w for w in model.blocks.parameters() if w.dim() == 2]
     others = [w for w in model.parameters() if id(w) not in map(id, matrices)]
-    return [torch.optim.Muon(matrices, lr, 0, adjust_lr_fn="match_rms_adamw"),
+    return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
 
-def schedule(step, steps, warmup=100):
+def schedule(step, steps):
     """The learning rate's factor: a short warm-up, constant, then linear to 5 % in the 2nd half."""
-    return min(1, (step + 1) / warmup, 0.05 + 1.9 * (1 - step / steps))
+    return min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / steps))
 
 
-def train(task, model, objective, decode, args, job, bar_position=0):
-    """Train a model and keep two checkpoints of it, the last and the best; returns for the
-    results how long that took, and its probes.
+def train(task, model, objective, decode, args, job):
+    """Train a model, or load it if a checkpoint is given, and keep two checkpoints of it, the last
+    and the best; returns for the results how long that took, and its probes.
 
-    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: ten times in a training
-    it probes how many of 64 training puzzles are solved. Data and masks of a step follow from
-    (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
+    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: about ten times in a
+    training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
+    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
     path, opts = args.out / f"{job_name(job)}.pt", optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
-    source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
+    first, seconds, probes = 0, 0.0, []
     if args.checkpoint or args.resume and path.exists():
-        saved = load(source, {**settings, **job})
-        try:
-            model.load_state_dict(saved["model"])
-            for opt, state in zip(opts, saved["optimizers"]):
-                opt.load_state_dict(state)
-        except (RuntimeError, ValueError):
-            raise RunError(f"{source}: a damaged checkpoint") from None
+        saved = load(args.checkpoint or path, {**settings, **job})
+        model.load_state_dict(saved["model"])
+        for opt, state in zip(opts, saved["optimizers"]):
+            opt.load_state_dict(state)
         first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
     if args.checkpoint:
         return {"train_minutes": seconds / 60, "probes": probes}
@@ -434,7 +433,7 @@ def train(task, model, objective, decode, args, job, bar_position=0):
     network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
     started = saved_at = time.time()
     bar = tqdm(range(first, args.steps), job_name(job), args.steps, initial=first,
-               position=bar_position, dynamic_ncols=True, disable=RANK > 0)
+               position=BAR, dynamic_ncols=True, disable=RANK > 0)
     for step in bar:
         rng = np.random.default_rng((job["seed"], step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
@@ -474,8 +473,8 @@ def train(task, model, objective, decode, args, job, bar_position=0):
             write(path, lambda file: torch.save(content, file))
             if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
                 write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
-        if STOP.is_set():
-            raise KeyboardInterrupt
+            if STOP.is_set():
+                raise KeyboardInterrupt
     return {"train_minutes": (seconds + time.time() - started) / 60, "probes": probes}
 
 
@@ -522,39 +521,31 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, None if RANK else f"{self.prog}: {message}\n")
 
 
-def at_least(least, kind=int):
-    """An argparse type: a finite number, not below `least`."""
+def at_least(least, kind=int, words=()):
+    """An argparse type: a finite number, not below `least`, or one of some words."""
     def number(text):
-        try:
-            if least <= kind(text) < math.inf:
-                return kind(text)
-        except ValueError:
-            pass
-        what = {int: "whole number", float: "number"}[kind]
-        raise argparse.ArgumentTypeError(f"expected a {what} of at least {least}, not {text!r}")
+        if text in words:
+            return text
+        if least <= kind(text) < math.inf:          # argparse reports a ValueError in one line, too
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"expected at least {least}, not {text}")
     return number
-
-
-def count_or_all(least):
-    """An argparse type: a whole number, or "all"."""
-    return lambda text: text if text == "all" else at_least(least)(text)
 
 
 def common_flags(description, tasks, systems, default_systems):
     """The flags that both scripts have, [defaults] in brackets; each script adds its own."""
-    parser = Parser(description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     flag("--task", default="sudoku", choices=list(tasks), help="the puzzle [%(default)s]")
-    flag("--size", help=f"its size and [default]: {sizes}")
+    flag("--size", help=f"its size and [default]: {sizes} (houses x attributes)")
     flag("--givens", nargs=2, type=at_least(0), metavar=("FEWEST", "MOST"),
          help="sudoku-puzzle: how many digits a puzzle shows")
     flag("--prompt", choices=["grid", "list"],
          help="sudoku-puzzle: a grid with blanks [grid], or a list of cells and digits")
     flag("--systems", nargs="+", default=default_systems, choices=systems,
          help=f"what to train [{' '.join(default_systems)}]")
-    flag("--latents", nargs="+", metavar="K", type=count_or_all(0),
+    flag("--latents", nargs="+", metavar="K", type=at_least(0, words=["all"]),
          help="numbers of latent tokens to sweep; if not given 0, powers of two up to half "
          "the answer, and all; MDM, SIDM, AR and fixed windows have one number only")
     flag("--steps", type=at_least(1), default=3600, help="training steps [%(default)s]")
@@ -634,39 +625,41 @@ def prepare(args, parser, tasks, make_jobs):
     return task, jobs
 
 
-def start_worker(stop, lock, threads):
+def start_worker(stop, lock, bars, threads):
     """Make a new process one of several: they share Ctrl-C, the terminal and the cores, and when
     the parent dies, they end. Two runs must never write the same checkpoint."""
     def follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    global STOP
+    global STOP, BAR
     threading.Thread(target=follow_parent, daemon=True).start()
-    STOP = stop
+    STOP, BAR = stop, bars.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it and sets STOP
     tqdm.set_lock(lock)
     torch.set_num_threads(threads)
 
 
 def run(args, task, jobs, experiment):
-    """Run experiment(task, args, job, bar_position) for every job and add its records to
+    """Run experiment(task, args, job) for every job and add its records to
     results.json: some jobs side by side, each in a process of its own; under torchrun one by one,
     all processes together."""
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         for job in jobs:
-            records = experiment(task, args, job, 0)
+            records = experiment(task, args, job)
             if RANK == 0:
                 add_results(args.out, records)
         torch.distributed.destroy_process_group()
         return
     width = min(len(jobs), args.jobs or side_by_side(args.device))
-    worker = (STOP, CONTEXT.RLock(), max(1, torch.get_num_threads() // width))
+    bars = CONTEXT.SimpleQueue()
+    for line in range(width):
+        bars.put(line)
+    worker = (STOP, CONTEXT.RLock(), bars, max(1, torch.get_num_threads() // width))
     with concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker) as pool:
         try:
-            futures = [pool.submit(experiment, task, args, job, i % width)
-                       for i, job in enumerate(jobs)]
+            futures = [pool.submit(experiment, task, args, job) for job in jobs]
             for future in concurrent.futures.as_completed(futures):
                 add_results(args.out, future.result())
         except BaseException:
@@ -676,8 +669,10 @@ def run(args, task, jobs, experiment):
 
 
 def add_results(folder, records):
-    """Merge records into the folder's results.json."""
-    results = {record_key(r): r for r in [*read_results(folder), *records]}
+    """Merge records into the folder's results.json, in place of those with the same names."""
+    names = ("system", "window", "order", "candidates", "greedy", "n_latent", "seed")
+    results = {tuple(str(r.get(name)) for name in names): r
+               for r in [*read_results(folder), *records]}
     text = json.dumps([results[key] for key in sorted(results)], indent=1)
     write(folder / "results.json", lambda file: file.write_text(text))
 
@@ -708,17 +703,21 @@ def new_model(task, args, seed):
     return model.to(args.device)
 
 
-def solve(task, args, n, seed, split, decode):
-    """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split, at
-    most 128 at a time. Returns filled (n, T), which are right (n,), the forward tokens and the
-    seconds of decoding."""
-    rng = np.random.default_rng((seed, 2**32))               # training uses (seed, step) up to here
-    generator = torch.Generator(args.device).manual_seed(seed)
-    batches, seconds = [], 0.0
+def puzzles(task, args, n, rng, split):
+    """n puzzles of a split, on the device, at most 128 at a time."""
     for i in range(0, n, 128):
         if split == "test" and STOP.is_set():              # a training saves before it ends
             raise KeyboardInterrupt
-        tokens = torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
+        yield torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
+
+
+def solve(task, args, n, seed, split, decode):
+    """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
+    Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
+    rng = np.random.default_rng((seed, 2**32))               # training uses (seed, step) up to here
+    generator = torch.Generator(args.device).manual_seed(seed)
+    batches, seconds = [], 0.0
+    for tokens in puzzles(task, args, n, rng, split):
         started = time.time()
         filled, forward_tokens = decode(tokens, generator=generator)
         batches.append(filled.cpu().numpy())
@@ -729,11 +728,9 @@ def solve(task, args, n, seed, split, decode):
 
 def held_out_mean(task, args, seed, measure):
     """The mean of measure(tokens, rng), a number or a tensor, over --samples held-out puzzles."""
-    rng, total = np.random.default_rng((seed, 2**32 + 1)), 0.0
-    for i in range(0, args.samples, 128):
-        tokens = torch.from_numpy(task.batch(min(128, args.samples - i), rng, "test"))
-        total += measure(tokens.to(args.device), rng) * len(tokens) / args.samples
-    return total
+    rng = np.random.default_rng((seed, 2**32 + 1))
+    batches = puzzles(task, args, args.samples, rng, "test")
+    return sum(measure(tokens, rng) * len(tokens) for tokens in batches) / args.samples
 
 
 def evaluate(task, model, args, job, n_latent, decode, nats, training, order=None, candidates=None):
@@ -789,10 +786,8 @@ def watch(task, args, title, decode):
         frames.append(f"step {len(frames) + 1}: {len(sure)} predicted but not decoded\n"
                       + task.show(shown, mark))
 
-    puzzle = torch.from_numpy(task.batch(1, np.random.default_rng(args.seeds[0]), "test"))
-    generator = torch.Generator(args.device).manual_seed(args.seeds[0])
-    filled, _ = decode(puzzle.to(args.device), generator=generator, on_step=on_step)
-    verdict = "right" if task.correct(filled.cpu().numpy())[0] else "wrong"
+    right = solve(task, args, 1, args.seeds[0], "test", partial(decode, on_step=on_step))[1]
+    verdict = "right" if right[0] else "wrong"
     legend = ("[x] is decoded in this step; x 83% is predicted, as sure as that, and not decoded; "
               "what is blank is not in this pass")
     return "\n\n".join([f"{title}\n{legend}", *frames, f"The answer is {verdict}."])
@@ -808,12 +803,6 @@ def read_results(folder):
         raise RunError(f"--out: {folder}/results.json is not a list of results") from None
 
 
-def record_key(record):
-    """What tells the records of one folder apart."""
-    names = ("system", "window", "order", "candidates", "greedy", "n_latent", "seed")
-    return tuple(str(record.get(name)) for name in names)
-
-
 def summary(results):
     """One row for each system and number of latent tokens: the means over seeds, and the standard
     error of the accuracy (over seeds if there are several, else that of the sample)."""
@@ -825,11 +814,10 @@ def summary(results):
         name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)
     rows = []
-    means = ("accuracy", "stderr", "nats", "forward_tokens", "ms_per_puzzle", "train_minutes",
-             "unseen", "chance")
+    means = ("accuracy", "stderr", "nats", "nats_floor", "forward_tokens", "ms_per_puzzle",
+             "train_minutes", "unseen", "chance")                      # NaN where one is unknown
     for (name, n_latent), records in sorted(groups.items()):
-        row = {key: np.mean([math.nan if r.get(key) is None else r[key] for r in records])
-               for key in means}
+        row = {key: np.array([r.get(key) for r in records], float).mean() for key in means}
         if len(records) > 1:
             row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
         rows.append({**records[0], **row, "name": name, "seeds": len(records)})
@@ -838,18 +826,15 @@ def summary(results):
 
 def table(results):
     """The summary as text. Excess nats are those above the floor, where it is known."""
-    lines = ["system                    latents   accuracy %     nats   excess   forward tokens"
-             "   ms/puzzle   minutes   seeds   unseen %   chance %"]
+    lines = ["system                           latents   accuracy %     nats   excess"
+             "   forward tokens   ms/puzzle   minutes   seeds   unseen %   chance %"]
     for r in summary(results):
-        accuracy, error = 100 * r["accuracy"], 100 * r["stderr"]
-        excess = "-" if r["nats_floor"] is None else f"{r['nats'] - r['nats_floor']:.2f}"
-        unseen, chance = ("-" if math.isnan(r[key]) else f"{100 * r[key]:.1f}"
-                          for key in ("unseen", "chance"))
-        lines.append(f"{r['name']:<26}{r['n_latent']:>7}{accuracy:>8.1f} ±{error:>3.1f}"
-                     f"{r['nats']:>9.2f}{excess:>9}{r['forward_tokens']:>17.0f}"
+        lines.append(f"{r['name']:<33}{r['n_latent']:>7}{100 * r['accuracy']:>8.1f} "
+                     f"±{100 * r['stderr']:>3.1f}{r['nats']:>9.2f}"
+                     f"{r['nats'] - r['nats_floor']:>9.2f}{r['forward_tokens']:>17.0f}"
                      f"{r['ms_per_puzzle']:>12.2f}{r['train_minutes']:>10.1f}{r['seeds']:>8}"
-                     f"{unseen:>11}{chance:>11}")
-    return "\n".join(lines)
+                     f"{100 * r['unseen']:>11.1f}{100 * r['chance']:>11.1f}")
+    return "\n".join(lines).replace("nan", "  -")
 
 
 def draw(results, path):
@@ -868,12 +853,12 @@ def draw(results, path):
     for row in summary(shown):
         curves.setdefault(row["name"], []).append(row)
     for name, rows in curves.items():
-        rows.sort(key=lambda row: row["n_latent"])
         marker = dict(marker="o") if len(rows) > 1 else dict(marker="*", markersize=12)
         style = dict(label=name, capsize=3, **marker)
         x, accuracy, error = ([r[key] for r in rows] for key in ("n_latent", "accuracy", "stderr"))
         panels[0].errorbar(x, accuracy, error, **style)
-        panels[1].errorbar(x, [row["nats"] - (row["nats_floor"] or 0) for row in rows], **style)
+        excess = [row["nats"] - np.nan_to_num(row["nats_floor"]) for row in rows]
+        panels[1].errorbar(x, excess, **style)
         panels[2].errorbar([row["forward_tokens"] for row in rows], accuracy, error, **style)
     for panel in panels[:2]:
         panel.set_xscale("symlog", linthresh=1)

@@ -19,15 +19,11 @@ def flags():
     """The flags of both scripts, and the windows."""
     parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "mtp-causal", "control"],
                                  ["ar", "mtp"])
-    parser.add_argument("--windows", nargs="+", default=["random"], metavar="W", type=window,
+    parser.add_argument("--windows", nargs="+", default=["random"], metavar="W",
+                        type=latent.at_least(1, words=["all", "random"]),
                         help="windows to train MTP and the control with, one model for each: "
                         "random (from 1 to all, drawn for each batch) [random], a number, or all")
     return parser
-
-
-def window(text):
-    """An argparse type: a number of tokens, all, or random."""
-    return text if text == "random" else latent.count_or_all(1)(text)
 
 
 def jobs(task, args):
@@ -41,7 +37,7 @@ def jobs(task, args):
             for system in args.systems for w in ([None] if system == "ar" else windows)]
 
 
-def experiment(task, args, job, bar_position):
+def experiment(task, args, job):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     model = latent.new_model(task, args, job["seed"])
     causal = job["system"] in latent.CACHEABLE
@@ -65,8 +61,7 @@ def experiment(task, args, job, bar_position):
             return latent.next_token_nats(model, tokens, task.prompt_len)
         return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1, causal)
 
-    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
-                            bar_position)
+    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
     return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
                             latent.held_out_mean(task, args, job["seed"],
                                                  partial(nats, n_latent=n_latent)), training)

@@ -32,7 +32,7 @@ def jobs(task, args):
             for seed in args.seeds for system in args.systems]
 
 
-def experiment(task, args, job, bar_position):
+def experiment(task, args, job):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
     kind, most = latent.KIND[job["system"]], task.seq_len - task.prompt_len - 1
     causal = job["system"] in latent.CACHEABLE
@@ -52,8 +52,7 @@ def experiment(task, args, job, bar_position):
     def table_of(tokens, rng):
         return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng, causal)
 
-    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job,
-                            bar_position)
+    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
     table = latent.held_out_mean(task, args, job["seed"], table_of)
     return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
                             latent.diffusion_nats(table, kind, n_latent), training,

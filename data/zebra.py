@@ -19,7 +19,7 @@ import numpy as np
 
 from data.split import in_test
 
-RULES = [      # what a clue says of its things, and when that is true: x, y, z are their houses
+RULES = [      # what a clue says, and when that is true, if its things live in x, y, z of 0..last
     ("", lambda x, y, z, last: x == x),                               # the padding says nothing
     ("{} and {} share a house", lambda x, y, z, last: x == y),
     ("{} and {} do not share a house", lambda x, y, z, last: x != y),
@@ -29,7 +29,6 @@ RULES = [      # what a clue says of its things, and when that is true: x, y, z 
     ("{2} is between {0} and {1}", lambda x, y, z, last: (z - x) * (y - z) > 0),
     ("{} is at an end", lambda x, y, z, last: (x == 0) | (x == last)),
     ("{} is at {}", lambda x, y, z, last: x == y)]                    # its y is a house
-SYMMETRIC = (1, 2, 5, 6)                    # x and y can be swapped: the smaller one is first
 THINGS = [["red", "green", "blue", "white"], ["Dane", "Swede", "Brit", "Finn"],
           ["cat", "dog", "horse", "zebra"], ["tea", "milk", "juice", "water"]]
 CLUES = {"3x3": 9, "3x4": 12, "4x3": 13, "4x4": 16}                 # places for clues in a prompt
@@ -49,7 +48,9 @@ class Zebra:
         self.clues = np.array(list(self._all_clues()))              # (clues, 4): a rule and x, y, z
         self.vocab_size = self.things + len(self.clues)
         self.number = np.zeros((len(RULES), *[self.things + self.houses + 1] * 3), dtype=np.int64)
-        self.number[tuple(self.clues.T)] = np.arange(len(self.clues))
+        rule, x, y, z = self.clues.T
+        self.number[rule, y, x, z] = np.arange(len(self.clues))     # x and y in either order; where
+        self.number[rule, x, y, z] = np.arange(len(self.clues))     # both are clues, each its own
 
         solution = np.tile(np.arange(self.houses), self.attributes)       # the house of each thing
         orders = list(itertools.permutations(range(self.houses)))
@@ -83,9 +84,9 @@ class Zebra:
         between = [(x, y, z) for x, y in pairs for z in range(self.things) if z not in (x, y)]
         alone = [(x,) for x in range(self.things)]
         at = list(itertools.product(range(self.things), range(self.things, nothing)))
-        for rule, of in enumerate([[()], unlike, unlike, ordered, ordered, pairs, between, alone,
-                                   at]):
-            for things in of:
+        of_rule = [[()], unlike, unlike, ordered, ordered, pairs, between, alone, at]  # as in RULES
+        for rule, choices in enumerate(of_rule):
+            for things in choices:
                 yield (rule, *things, *[nothing] * (3 - len(things)))
 
     def batch(self, n, rng, split):
@@ -95,21 +96,19 @@ class Zebra:
         names = rng.random((len(chosen), self.attributes, self.houses)).argsort(2)
         names += self.houses * np.arange(self.attributes)[:, None]
         answer = names.reshape(len(chosen), self.things)
-        others = np.tile(np.arange(self.things, self.things + self.houses + 1), (len(chosen), 1))
-        names = np.concatenate([answer, others], axis=1)                            # (n, names)
-        rule, x, y, z = self.clues[self.true[chosen]].transpose(2, 0, 1)         # each (n, places)
+        names = np.tile(np.arange(self.number.shape[1]), (len(chosen), 1))           # (n, names)
+        names[:, :self.things] = answer
+        rule, x, y, z = self.clues[self.true[chosen]].transpose(2, 0, 1)     # each (n, prompt_len)
         x, y, z = (np.take_along_axis(names, w, axis=1) for w in (x, y, z))
-        swap = np.isin(rule, SYMMETRIC) & (x > y)
-        prompt = self.things + self.number[rule, np.where(swap, y, x), np.where(swap, x, y), z]
-        puzzles = np.concatenate([prompt, answer], axis=1)
+        puzzles = np.concatenate([self.things + self.number[rule, x, y, z], answer], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
         return puzzles
 
     def _choose(self, n, rng):
-        """The clues of at most n puzzles, (n, places), as places in the list of true clues."""
-        shape = n, self.prompt_len
-        chosen, used = np.zeros(shape, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        """The clues of at most n puzzles, (n, prompt_len), as indices into self.true."""
+        chosen = np.zeros((n, self.prompt_len), dtype=np.int64)
+        used = np.zeros(n, dtype=np.int64)
         rivals = np.repeat(self.admits[:1], n, axis=0)                      # one bit for each rival
         while len(row := np.flatnonzero(rivals.any(1) & (used < self.prompt_len))):
             rule = rng.integers(1, len(RULES), size=len(row))
@@ -122,16 +121,15 @@ class Zebra:
 
     def correct(self, tokens):
         """Which rows of tokens, (n, seq_len), hold a grid that all their clues admit: bool (n,)."""
-        n, row = len(tokens), np.arange(len(tokens))
+        n = len(tokens)
         answer = tokens[:, self.prompt_len:].reshape(n, self.attributes, self.houses)
         things = np.arange(self.things).reshape(self.attributes, self.houses)
         right = (np.sort(answer, axis=2) == things).all((1, 2))
         homes = self._homes(answer.argsort(2).reshape(n, self.things))
-        clues = self.clues[tokens[:, :self.prompt_len] - self.things]            # (n, places, 4)
-        for rule, x, y, z in clues.transpose(1, 2, 0):
-            for i, (_, is_true) in enumerate(RULES):
-                true = is_true(homes[x, row], homes[y, row], homes[z, row], self.houses - 1)
-                right &= (rule != i) | true
+        rule, *names = self.clues[tokens[:, :self.prompt_len] - self.things].transpose(2, 0, 1)
+        x, y, z = (homes[name, np.arange(n)[:, None]] for name in names)      # each (n, prompt_len)
+        for i, (_, is_true) in enumerate(RULES):
+            right &= ((rule != i) | is_true(x, y, z, self.houses - 1)).all(1)
         return right
 
     def show(self, tokens, mark=lambda place, text: text):
