@@ -526,9 +526,14 @@ def at_least(least, kind=int, words=()):
     def number(text):
         if text in words:
             return text
-        if least <= kind(text) < math.inf:          # argparse reports a ValueError in one line, too
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"expected at least {least}, not {text}")
+        try:
+            if least <= kind(text) < math.inf:
+                return kind(text)
+        except ValueError:
+            pass
+        expected = f"a {'whole ' * (kind is int)}number of at least {least}"
+        raise argparse.ArgumentTypeError(
+            f"expected {' or '.join([expected, *words])}, not {text!r}")
     return number
 
 
