@@ -420,12 +420,15 @@ def train(task, model, objective, decode, args, job):
     from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
     path, opts = args.out / f"{job_name(job)}.pt", optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
-    first, seconds, probes = 0, 0.0, []
+    source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
     if args.checkpoint or args.resume and path.exists():
-        saved = load(args.checkpoint or path, {**settings, **job})
-        model.load_state_dict(saved["model"])
-        for opt, state in zip(opts, saved["optimizers"]):
-            opt.load_state_dict(state)
+        saved = load(source, {**settings, **job})
+        try:
+            model.load_state_dict(saved["model"])
+            for opt, state in zip(opts, saved["optimizers"]):
+                opt.load_state_dict(state)
+        except (RuntimeError, ValueError):
+            raise RunError(f"{source}: a damaged checkpoint, or one of another model") from None
         first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
     if args.checkpoint:
         return {"train_minutes": seconds / 60, "probes": probes}

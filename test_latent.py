@@ -760,6 +760,7 @@ BAD_INPUT = [
     ("train_ar.py", "--checkpoint truncated.pt", "truncated.pt"),
     ("train_ar.py", "--checkpoint code.pt", "code.pt"),
     ("train_ar.py", "--checkpoint tensor.pt", "tensor.pt"),
+    ("train_diffusion.py", "--checkpoint cut.pt", "cut.pt"),
     ("train_diffusion.py", "--size 4 --width 16 --steps 2 --resume --systems scdm --out .",
      "width"),
     ("train_diffusion.py", "--checkpoint scdm-s0.pt --latents 16", "0 to 15"),
@@ -779,6 +780,7 @@ def folder(tmp_path_factory):
     saved = latent.load(folder / "scdm-s0.pt")
     torch.save({**saved, "model": Path("a class")}, folder / "code.pt")
     torch.save(torch.zeros(3), folder / "tensor.pt")
+    torch.save({**saved, "model": {"token.weight": torch.zeros(3)}}, folder / "cut.pt")
     for name, text in ("other", '[{"task": "chess"}]'), ("broken", '{"accuracy"'), ("list", "3"):
         (folder / name).mkdir()
         (folder / name / "results.json").write_text(text)
