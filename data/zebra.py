@@ -45,9 +45,10 @@ class Zebra:
         self.houses, self.attributes = map(int, size.split("x"))
         self.prompt_len, self.things = CLUES[size], self.houses * self.attributes
         self.seq_len = self.prompt_len + self.things
+        self.nothing = self.things + self.houses            # names: the things, the houses, nothing
         self.clues = np.array(list(self._all_clues()))              # (clues, 4): a rule and x, y, z
         self.vocab_size = self.things + len(self.clues)
-        self.number = np.zeros((len(RULES), *[self.things + self.houses + 1] * 3), dtype=np.int64)
+        self.number = np.zeros((len(RULES), *[self.nothing + 1] * 3), dtype=np.int64)
         rule, x, y, z = self.clues.T
         self.number[rule, y, x, z] = np.arange(len(self.clues))     # x and y in either order; where
         self.number[rule, x, y, z] = np.arange(len(self.clues))     # both are clues, each its own
@@ -65,9 +66,9 @@ class Zebra:
 
     def _homes(self, houses):
         """The house of each thing, (n, things) -> of each thing, house and nothing, (names, n)."""
-        homes = np.zeros((self.things + self.houses + 1, len(houses)), dtype=np.int8)
+        homes = np.zeros((self.nothing + 1, len(houses)), dtype=np.int8)
         homes[:self.things] = houses.T
-        homes[self.things:-1] = np.arange(self.houses)[:, None]
+        homes[self.things:self.nothing] = np.arange(self.houses)[:, None]
         return homes
 
     def _rule(self, clue, homes):
@@ -77,26 +78,25 @@ class Zebra:
 
     def _all_clues(self):
         """Every clue that there is, rule by rule; the padding first, which says nothing."""
-        nothing = self.things + self.houses
         pairs = list(itertools.combinations(range(self.things), 2))
         unlike = [(x, y) for x, y in pairs if x // self.houses != y // self.houses]
         ordered = list(itertools.permutations(range(self.things), 2))
         between = [(x, y, z) for x, y in pairs for z in range(self.things) if z not in (x, y)]
         alone = [(x,) for x in range(self.things)]
-        at = list(itertools.product(range(self.things), range(self.things, nothing)))
+        at = list(itertools.product(range(self.things), range(self.things, self.nothing)))
         of_rule = [[()], unlike, unlike, ordered, ordered, pairs, between, alone, at]  # as in RULES
         for rule, choices in enumerate(of_rule):
             for things in choices:
-                yield (rule, *things, *[nothing] * (3 - len(things)))
+                yield (rule, *things, *[self.nothing] * (3 - len(things)))
 
     def batch(self, n, rng, split):
         """n puzzles with their solutions, int64 (n, seq_len)."""
         chosen = self._choose(n * 11 if split == "test" else n + n // 4, rng)
         chosen = chosen[in_test(np.sort(chosen, axis=1)) == (split == "test")][:n]
-        names = rng.random((len(chosen), self.attributes, self.houses)).argsort(2)
-        names += self.houses * np.arange(self.attributes)[:, None]
-        answer = names.reshape(len(chosen), self.things)
-        names = np.tile(np.arange(self.number.shape[1]), (len(chosen), 1))           # (n, names)
+        answer = rng.random((len(chosen), self.attributes, self.houses)).argsort(2)
+        answer += self.houses * np.arange(self.attributes)[:, None]
+        answer = answer.reshape(len(chosen), self.things)
+        names = np.tile(np.arange(self.nothing + 1), (len(chosen), 1))               # (n, names)
         names[:, :self.things] = answer
         rule, x, y, z = self.clues[self.true[chosen]].transpose(2, 0, 1)     # each (n, prompt_len)
         x, y, z = (np.take_along_axis(names, w, axis=1) for w in (x, y, z))
