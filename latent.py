@@ -98,7 +98,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
-        # QK norm (Henry et al., arXiv 2010.04245).
+        # QK norm (Henry et al., arXiv 2010.04245). README.md: what it does to which system.
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if past:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -398,8 +398,8 @@ def side_by_side(device):
 
 
 def optimizers(model, lr):
-    """Muon for the matrices in the blocks, AdamW for the rest. On 6x6 Sudoku this took MDM to 82 %
-    in the time in which AdamW alone came to 74 %."""
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon) for the matrices in the blocks, AdamW
+    for the rest: in the same minutes more accurate than AdamW alone."""
     matrices = [w for w in model.blocks.parameters() if w.dim() == 2]
     others = [w for w in model.parameters() if id(w) not in map(id, matrices)]
     return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
