@@ -129,7 +129,7 @@ def test_attention_is_a_naive_softmax():
         part = slice(8 * h, 8 * h + 8)
         queries, keys = (x[b, :, part] / (x[b, :, part] ** 2).mean(1, keepdim=True).sqrt()
                          for x in (q, k))
-        scores = {j: math.exp((queries[i] @ keys[j]).item() / math.sqrt(8))
+        scores = {j: math.exp((block.gain[h, 0, 0] * queries[i] @ keys[j]).item() / math.sqrt(8))
                   for j in range(6) if visible[b, i, j]}
         y[b, i, part] = sum(s * v[b, j, part] for j, s in scores.items()) / sum(scores.values())
     x1 = x + y @ block.attention_out.weight.T
