@@ -89,10 +89,9 @@ class Block(nn.Module):
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(config.width)
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        # The gain of QK norm starts so that attention logits are cosines: attention that is sharp
-        # from the start delays what AR+MTP with causal context learns by thousands of steps.
-        head_width = config.width // config.heads
-        self.gain = nn.Parameter(torch.full((config.heads, 1, 1), head_width**-0.5))
+        # With this gain attention logits start as cosines. README.md: what happens if it is 1.
+        gain = (config.width // config.heads) ** -0.5
+        self.gain = nn.Parameter(torch.full((config.heads, 1, 1), gain))
         self.attention_out = nn.Linear(config.width, config.width, bias=False)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp_in = nn.Linear(config.width, 4 * config.width, bias=False)
