@@ -50,7 +50,8 @@ from tqdm import tqdm
 def visibility(rank, kind):
     """rank (B, T) int -> (B, T, T) bool: may the query (middle index) attend to the key (last)?"""
     query, key = rank[:, :, None], rank[:, None, :]
-    itself = torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)   # even if absent
+    # A softmax over nothing would be NaN, so absent tokens see themselves, too.
+    itself = torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)
     clean, earlier = key == 0, (0 < key) & (key < query)
     if kind == "joint":               # MDM, AR+MTP: everybody sees everybody
         return (key >= 0) | itself
@@ -63,6 +64,7 @@ def visibility(rank, kind):
     raise ValueError(f"unknown kind of visibility: {kind}")
 
 
+# Five systems, the control of AR+MTP, and two variants with causal context.
 KIND = {"ar": "causal", "mtp": "joint", "control": "joint", "mtp-causal": "causal",
         "mdm": "joint", "sidm": "independent", "scdm": "semicausal", "scdm-causal": "semicausal"}
 CACHEABLE = ("ar", "mtp-causal", "scdm-causal")                  # those with causal context
@@ -75,9 +77,9 @@ CACHEABLE = ("ar", "mtp-causal", "scdm-causal")                  # those with ca
 class Config:
     vocab_size: int           # tokens that can be predicted; the mask is one more, that can not
     seq_len: int              # prompt and answer
-    layers: int = 3
-    heads: int = 4
-    width: int = 64
+    layers: int
+    heads: int
+    width: int
 
 
 class Block(nn.Module):
@@ -201,10 +203,10 @@ def window_rank(T, cut, window, causal=False):
     """For cuts (B, 1) the ranks, and which tokens are masked, both (B, T): rank 0 before the cut,
     1..window from there on, then -1, absent. Causal: the position, 1, 2, ..., before the cut, and
     one rank for the whole window, the next."""
-    place = torch.arange(1, T + 1, device=cut.device)
-    present = place <= cut + window
-    rank = place.minimum(cut + 1) if causal else (place - cut).clamp(min=0)
-    return torch.where(present, rank, -1), (cut < place) & present
+    place = torch.arange(T, device=cut.device)
+    present = place < cut + window
+    rank = place.minimum(cut) + 1 if causal else (place - cut + 1).clamp(min=0)
+    return torch.where(present, rank, -1), (cut <= place) & present
 
 
 def random_rank(B, T, prompt_len, m, rng, causal=False):
@@ -215,7 +217,7 @@ def random_rank(B, T, prompt_len, m, rng, causal=False):
     masked = order < m
     rank, prompt = (order + 1) * masked, torch.zeros(B, prompt_len, dtype=torch.int64)
     if causal:
-        rank = prompt_len + 1 + (order - m) % (T - prompt_len)
+        rank = prompt_len + 1 + (order - m) % (T - prompt_len)    # those with order >= m come first
         prompt = torch.arange(1, prompt_len + 1).expand(B, prompt_len)
     return torch.cat([prompt, rank], dim=1), F.pad(masked, (prompt_len, 0))
 
@@ -335,8 +337,8 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
         k = min(n_latent, m - c)
         n_known = T - m
         positions = torch.cat([known[:, cached:], unknown[:, c:c + k], unknown[:, :c]], dim=1)
-        rank = torch.arange(1 - n_known, k + c + 1, device=tokens.device).clamp(max=k + 1)
         # For two known, one latent and two candidates: 0 0 1 2 2; with causal context 1 2 3 4 4.
+        rank = torch.arange(1 - n_known, k + c + 1, device=tokens.device).clamp(max=k + 1)
         rank = rank + n_known if causal else rank.clamp(min=0)
         visible = visibility(rank[None], kind)[:, cached:]
         logits = model(tokens.gather(1, positions), positions, visible, cache, n_known)
@@ -362,8 +364,8 @@ CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the sa
 # Ctrl-C sets STOP: every training ends after its step and is saved. Under torchrun it ends at once,
 # and the last minute is lost.
 STOP = CONTEXT.Event()
-RANK = int(os.environ.get("RANK", 0))               # torchrun tells which of how many processes
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))   # this one is; they share every batch
+# torchrun tells which of how many processes this one is; they share every batch.
+DDP_RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 BAR = 0                                             # the line of this process's progress bar
 
 
@@ -418,13 +420,15 @@ def train(task, model, objective, decode, args, job):
     """Train a model, or load it if a checkpoint is given, and keep two checkpoints of it, the last
     and the best; returns for the results how long that took, and its probes.
 
-    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`: about ten times in a
-    training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
-    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
-    path, opts = args.out / f"{job_name(job)}.pt", optimizers(model, args.lr)
+    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`, with the most latent
+    tokens of the sweep: about ten times in a training it probes how many of 64 training puzzles are
+    solved. Data and masks of a step follow from (seed, step) alone, so a resumed run goes on
+    exactly and no random state needs saving."""
+    path = args.out / f"{job_name(job)}.pt"
+    opts = optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
     source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
-    if args.checkpoint or args.resume and path.exists():
+    if args.checkpoint or (args.resume and path.exists()):
         saved = load(source, {**settings, **job})
         try:
             model.load_state_dict(saved["model"])
@@ -435,17 +439,19 @@ def train(task, model, objective, decode, args, job):
         first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
     if args.checkpoint:
         return {"train_minutes": seconds / 60, "probes": probes}
+    if STOP.is_set():                               # a job that was waiting for this process
+        raise KeyboardInterrupt
     network = torch.compile(model) if args.compile else model
     network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
     started = saved_at = time.time()
     bar = tqdm(range(first, args.steps), job_name(job), args.steps, initial=first,
-               position=BAR, dynamic_ncols=True, disable=RANK > 0)
+               position=BAR, dynamic_ncols=True, disable=DDP_RANK > 0)
     for step in bar:
         rng = np.random.default_rng((job["seed"], step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
         batch = (tokens, *objective(tokens, rng))
-        tokens, inputs, rank, weight = (x[RANK::WORLD_SIZE].to(args.device, non_blocking=True)
-                                        for x in batch)                  # this process's share
+        batch = (x[DDP_RANK::WORLD_SIZE] for x in batch)                  # this process's share
+        tokens, inputs, rank, weight = (x.to(args.device, non_blocking=True) for x in batch)
         with autocast(args.device):
             ce = cross_entropy(network, tokens, inputs, rank, KIND[job["system"]])
         loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
@@ -456,7 +462,7 @@ def train(task, model, objective, decode, args, job):
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
-        if RANK > 0:
+        if DDP_RANK > 0:
             continue                                # the first process checks, saves and shows
 
         probing = (step + 1) % max(1, args.steps // 10) == 0 or step + 1 == args.steps
@@ -476,9 +482,9 @@ def train(task, model, objective, decode, args, job):
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
                        "step": step + 1, "seconds": seconds + saved_at - started, "job": job,
                        "probes": probes, "settings": settings}
-            write(path, lambda file: torch.save(content, file))
             if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
                 write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
+            write(path, lambda file: torch.save(content, file))
             if STOP.is_set():
                 raise KeyboardInterrupt
     return {"train_minutes": (seconds + time.time() - started) / 60, "probes": probes}
@@ -524,7 +530,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse whose complaints are one line."""
 
     def error(self, message):
-        self.exit(2, None if RANK else f"{self.prog}: {message}\n")
+        self.exit(2, None if DDP_RANK else f"{self.prog}: {message}\n")
 
 
 def at_least(least, kind=int, words=()):
@@ -638,7 +644,7 @@ def prepare(args, parser, tasks, make_jobs):
 
 def start_worker(stop, lock, bars, threads):
     """Make a new process one of several: they share Ctrl-C, the terminal and the cores, and when
-    the parent dies, they end. Two runs must never write the same checkpoint."""
+    the parent dies, they end: an orphan would write checkpoints beside a resumed run."""
     def follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -646,20 +652,20 @@ def start_worker(stop, lock, bars, threads):
     global STOP, BAR
     threading.Thread(target=follow_parent, daemon=True).start()
     STOP, BAR = stop, bars.get()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it and sets STOP
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # on Windows workers do not inherit this
     tqdm.set_lock(lock)
     torch.set_num_threads(threads)
 
 
 def run(args, task, jobs, experiment):
-    """Run experiment(task, args, job) for every job and add its records to
-    results.json: some jobs side by side, each in a process of its own; under torchrun one by one,
-    all processes together."""
+    """Run experiment(task, args, job) for every job and add its records to results.json: some jobs
+    side by side, each in a process of its own; under torchrun one by one, all processes together
+    (they share the training; each evaluates by itself, and what the first one finds counts)."""
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         for job in jobs:
             records = experiment(task, args, job)
-            if RANK == 0:
+            if DDP_RANK == 0:
                 add_results(args.out, records)
         torch.distributed.destroy_process_group()
         return
@@ -668,15 +674,17 @@ def run(args, task, jobs, experiment):
     for line in range(width):
         bars.put(line)
     worker = (STOP, CONTEXT.RLock(), bars, max(1, torch.get_num_threads() // width))
-    with concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker) as pool:
-        try:
-            futures = [pool.submit(experiment, task, args, job) for job in jobs]
-            for future in concurrent.futures.as_completed(futures):
-                add_results(args.out, future.result())
-        except BaseException:
-            STOP.set()                                         # the neighbours save and end, too
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker)
+    try:
+        # Workers start deaf to Ctrl-C. Their parent hears it, and sets STOP.
+        hear = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        futures = [pool.submit(experiment, task, args, job) for job in jobs]
+        signal.signal(signal.SIGINT, hear)
+        for future in concurrent.futures.as_completed(futures):
+            add_results(args.out, future.result())
+    finally:                                         # after Ctrl-C or an error all save and end
+        STOP.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def add_results(folder, records):
@@ -692,14 +700,18 @@ def main(parser, tasks, make_jobs, experiment):
     """The main function of both scripts."""
     args, status = parser.parse_args(), 0
     try:
-        run(args, *prepare(args, parser, tasks, make_jobs), experiment)
+        task, jobs = prepare(args, parser, tasks, make_jobs)
+        run(args, task, jobs, experiment)
     except KeyboardInterrupt:
         status = 130
     except RunError as error:
         parser.error(str(error))
+    except concurrent.futures.BrokenExecutor:
+        parser.error("a process was killed, perhaps for want of memory; --resume goes on, with "
+                     "--jobs fewer at once")
     except torch._dynamo.exc.TorchDynamoException as error:
         parser.error(f"--compile: {str(error).splitlines()[0]}")
-    if RANK == 0 and args.out:
+    if DDP_RANK == 0 and args.out:
         results = read_results(args.out)
         print(table(results))
         if results:
@@ -725,7 +737,7 @@ def puzzles(task, args, n, rng, split):
 def solve(task, args, n, seed, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
     Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
-    rng = np.random.default_rng((seed, 2**32))               # training uses (seed, step) up to here
+    rng = np.random.default_rng((seed, 2**32))        # not a stream of training: (seed, step) there
     generator = torch.Generator(args.device).manual_seed(seed)
     batches, seconds = [], 0.0
     for tokens in puzzles(task, args, n, rng, split):
@@ -751,14 +763,14 @@ def evaluate(task, model, args, job, n_latent, decode, nats, training, order=Non
     filled, right, forward_tokens, seconds = solve(task, args, args.samples, job["seed"], "test",
                                                    decode)
     accuracy = right.mean().item()
-    if args.watch and RANK == 0:
+    if args.watch and DDP_RANK == 0:
         tqdm.write(watch(task, args, f"{job_name(job)}, latent tokens: {n_latent}", decode))
     unseen = chance = None
     if task.prompt_len:
         prompt, answer = np.split(filled, [task.prompt_len], axis=1)
         other = np.concatenate([np.roll(prompt, 1, axis=0), answer], axis=1)
         chance = task.correct(other).mean().item()
-    elif right.any():                                  # 10 %: rules were learnt, 0 %: boards
+    elif right.any():              # near 10 %: it learnt the rules; near 0: it recites training
         unseen = task.held_out(filled[right]).mean().item()
     return {**job, "n_latent": n_latent, "accuracy": accuracy,
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
@@ -784,8 +796,6 @@ def watch(task, args, title, decode):
 
         def mark(position, text):
             style, cell = 1, f" {text}     "                                    # known: bold
-            if position < task.prompt_len:
-                return text
             if position == place:
                 style, cell = 7, f"[{text}]    "                                # reversed
             elif position in sure:
@@ -819,8 +829,7 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
-                  "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
+        system = r["system"].upper().replace("MTP", "AR+MTP").replace("-CAUSAL", " causal")
         order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
         name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)

@@ -750,6 +750,7 @@ BAD_INPUT = [
     ("train_ar.py", "--task sudoku-puzzle --givens 1", "--givens"),
     ("train_ar.py", "--task sudoku-puzzle --size 4 --givens 4 17", "--givens"),
     ("train_ar.py", "--task sudoku-puzzle --givens 0 4", "too few"),
+    ("train_ar.py", "--task sudoku-puzzle --givens 12 12", "too few"),
     ("train_ar.py", "--steps 1.5", "--steps"), ("train_ar.py", "--steps", "--steps"),
     ("train_ar.py", "--batch-size 0", "--batch-size"), ("train_ar.py", "--samples 0", "--samples"),
     ("train_ar.py", "--lr inf", "--lr"), ("train_ar.py", "--layers 0", "--layers"),
@@ -850,6 +851,31 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     whole, cut = (latent.load(tmp_path / x / "scdm-s0.pt")["model"] for x in ("whole", "cut"))
     assert all(whole[name].equal(cut[name]) for name in whole)
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
+
+
+def test_ctrl_c_saves_and_ends(tmp_path):
+    """A terminal sends Ctrl-C to all processes: one line, and no model after this one is begun."""
+    process = script("train_diffusion.py", *TINY, "--steps", 10**6, "--systems", "mdm", "--seeds", 0,
+                     1, 2, "--jobs", 1, "--out", tmp_path, wait=False)
+    while "it/s" not in process.stderr.read(100):                               # the progress bar
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["mdm-s0.pt"]
+    assert 0 < latent.load(tmp_path / "mdm-s0.pt")["step"] < 10**6
+
+
+def dies(task, args, job):
+    os._exit(1)
+
+
+def test_a_killed_worker_gets_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_diffusion.py", *TINY, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        latent.main(train_diffusion.flags(), TASKS, train_diffusion.jobs, dies)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "--resume" in err, err
 
 
 def arguments(*flags):

@@ -62,10 +62,12 @@ def experiment(task, args, job):
         return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1, causal)
 
     training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
-    return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
-                            latent.held_out_mean(task, args, job["seed"],
-                                                 partial(nats, n_latent=n_latent)), training)
-            for n_latent in sweep]
+    records = []
+    for k in sweep:
+        measured = latent.held_out_mean(task, args, job["seed"], partial(nats, n_latent=k))
+        records.append(latent.evaluate(task, model, args, job, k, partial(decode, n_latent=k),
+                                       measured, training))
+    return records
 
 
 if __name__ == "__main__":

@@ -54,10 +54,9 @@ def experiment(task, args, job):
 
     training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
     table = latent.held_out_mean(task, args, job["seed"], table_of)
-    return [latent.evaluate(task, model, args, job, n_latent, partial(decode, n_latent=n_latent),
-                            latent.diffusion_nats(table, kind, n_latent), training,
-                            args.order, candidates)
-            for n_latent in sweep]
+    return [latent.evaluate(task, model, args, job, k, partial(decode, n_latent=k),
+                            latent.diffusion_nats(table, kind, k), training, args.order, candidates)
+            for k in sweep]
 
 
 if __name__ == "__main__":

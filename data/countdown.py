@@ -77,12 +77,12 @@ class Countdown:
         return right & (r == tokens[:, self.numbers])
 
     def show(self, tokens, mark=lambda place, text: text):
-        """One row of tokens, (seq_len,), as a person would write it. Every token is shown as
-        mark(place, text); what is no token of the game is a dot."""
+        """One row of tokens, (seq_len,), as a person would write it. Every token of the answer is
+        shown as mark(place, text); what is no token of the game is a dot."""
         texts = [*map(str, range(LARGEST + 1)), *SIGNS]
-        text = [mark(i, texts[t] if 0 <= t < len(texts) else ".") for i, t in enumerate(tokens)]
+        text = [texts[t] if 0 <= t < len(texts) else "." for t in tokens]
         lines = [f"{' '.join(text[:self.numbers])} -> {text[self.numbers]}"]
         for i in range(self.prompt_len, self.seq_len, 4):
-            a, sign, b, r = text[i:i + 4]
+            a, sign, b, r = (mark(place, text[place]) for place in range(i, i + 4))
             lines.append(f"{a} {sign} {b} = {r}")
         return "\n".join(lines)

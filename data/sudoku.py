@@ -76,7 +76,7 @@ class Sudoku:
         if self.side == 9:
             boards = self._symmetry(boards, rng)
             boards = boards[held_out(boards, 9) == (split == "test")]
-            if len(boards) < n:
+            if len(boards) < n:                 # not self.batch: SudokuPuzzle has its own
                 boards = np.concatenate([boards, Sudoku.batch(self, n - len(boards), rng, split)])
         names = rng.random((n, self.side)).argsort(1)
         return np.take_along_axis(names, boards.astype(np.int64), axis=1)
@@ -141,9 +141,10 @@ class SudokuPuzzle(Sudoku):
         if givens:                     # the defaults are enough; of others, try it with 64 boards
             boards = Sudoku.batch(self, 64, np.random.default_rng(0), "train")
             order = np.random.default_rng(0).random(boards.shape).argsort(1)
-            needed = self._solvable(boards, order, np.zeros(64))
+            needed = self._solvable(boards, order, np.linspace(*givens, 64).astype(int))
             if (needed.sum(1) > givens[1]).mean() > 0.95:
-                raise ValueError(f"--givens: {givens[1]} are too few for a single solution")
+                raise ValueError(f"--givens: {givens[0]} to {givens[1]} are too few for a single "
+                                 "solution; allow more of them")
 
     def batch(self, n, rng, split):
         """n puzzles with their solutions, int64 (n, seq_len)."""
