@@ -358,8 +358,9 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
 
 # 6. training ----------------------------------------------------------------------------------
 
-OF_THE_MODEL = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr", "layers", "heads",
-                "width")
+# What makes a model what it is. The models in an output folder share all but the first three.
+OF_THE_MODEL = ("system", "window", "seed", "task", "size", "givens", "prompt", "steps",
+                "batch_size", "lr", "layers", "heads", "width")
 CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
 # Ctrl-C sets STOP: every training ends after its step and is saved. Under torchrun it ends at once,
 # and the last minute is lost.
@@ -416,7 +417,7 @@ def schedule(step, steps):
     return min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / steps))
 
 
-def train(task, model, objective, decode, args, job):
+def train(task, args, model, objective, decode):
     """Train a model, or load it if a checkpoint is given, and keep two checkpoints of it, the last
     and the best; returns for the results how long that took, and its probes.
 
@@ -424,12 +425,12 @@ def train(task, model, objective, decode, args, job):
     tokens of the sweep: about ten times in a training it probes how many of 64 training puzzles are
     solved. Data and masks of a step follow from (seed, step) alone, so a resumed run goes on
     exactly and no random state needs saving."""
-    path = args.out / f"{job_name(job)}.pt"
+    path = args.out / f"{job_name(args)}.pt"
     opts = optimizers(model, args.lr)
     settings = {name: getattr(args, name) for name in OF_THE_MODEL}
     source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
     if args.checkpoint or (args.resume and path.exists()):
-        saved = load(source, {**settings, **job})
+        saved = load(source, settings)
         try:
             model.load_state_dict(saved["model"])
             for opt, state in zip(opts, saved["optimizers"]):
@@ -444,16 +445,16 @@ def train(task, model, objective, decode, args, job):
     network = torch.compile(model) if args.compile else model
     network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
     started = saved_at = time.time()
-    bar = tqdm(range(first, args.steps), job_name(job), args.steps, initial=first,
+    bar = tqdm(range(first, args.steps), job_name(args), args.steps, initial=first,
                position=BAR, dynamic_ncols=True, disable=DDP_RANK > 0)
     for step in bar:
-        rng = np.random.default_rng((job["seed"], step))
+        rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
         batch = (tokens, *objective(tokens, rng))
         batch = (x[DDP_RANK::WORLD_SIZE] for x in batch)                  # this process's share
         tokens, inputs, rank, weight = (x.to(args.device, non_blocking=True) for x in batch)
         with autocast(args.device):
-            ce = cross_entropy(network, tokens, inputs, rank, KIND[job["system"]])
+            ce = cross_entropy(network, tokens, inputs, rank, KIND[args.system])
         loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -470,17 +471,17 @@ def train(task, model, objective, decode, args, job):
         if saving or step % 50 == 0:                        # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
-                raise RunError(f"{job_name(job)}: loss {loss.item()}, gradient {norm.item()} at "
+                raise RunError(f"{job_name(args)}: loss {loss.item()}, gradient {norm.item()} at "
                                f"step {step}, learning rate {lr:.2g}; {last}")
             if probing:
-                right = solve(task, args, 64, job["seed"], "train", decode)[1]
+                right = solve(task, args, 64, "train", decode)[1]
                 probes.append([step + 1, right.mean().item()])
             so_far = f", accuracy {probes[-1][1]:.0%}" if probes else ""
             bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}")
         if saving:
             saved_at = time.time()
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
-                       "step": step + 1, "seconds": seconds + saved_at - started, "job": job,
+                       "step": step + 1, "seconds": seconds + saved_at - started,
                        "probes": probes, "settings": settings}
             if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
                 write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
@@ -490,9 +491,9 @@ def train(task, model, objective, decode, args, job):
     return {"train_minutes": (seconds + time.time() - started) / 60, "probes": probes}
 
 
-def job_name(job):
+def job_name(args):
     """What names a model: its system, its window if it has one, and its seed."""
-    return "-".join(str(part) for part in (job["system"], job["window"], f"s{job['seed']}") if part)
+    return "-".join(str(part) for part in (args.system, args.window, f"s{args.seed}") if part)
 
 
 def write(path, write_to):
@@ -510,15 +511,15 @@ def load(path, expected={}):
     """Read a checkpoint. Refuse what is none, and one of other settings than those expected."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = {**saved["settings"], **saved["job"]}
+        found = {name: saved["settings"][name] for name in OF_THE_MODEL}
         [saved[x] for x in ("model", "optimizers", "step", "seconds", "probes")]
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint") from None
     except Exception:
         raise RunError(f"{path}: not a checkpoint of latent, or a damaged one") from None
     for name, value in expected.items():
-        if found.get(name) != value:
-            raise RunError(f"{path}: is a checkpoint with {name} {found.get(name)}, not {value}")
+        if found[name] != value:
+            raise RunError(f"{path}: is a checkpoint with {name} {found[name]}, not {value}")
     return saved
 
 
@@ -591,15 +592,15 @@ def common_flags(description, tasks, systems, default_systems):
 
 
 def prepare(args, parser, tasks, make_jobs):
-    """Complete and check the flags before any work is done. Returns the task and the jobs: which
-    models to train, each a dict of system, window and seed."""
+    """Complete and check the flags before any work is done. Returns the task, and for every model
+    to train its job: the flags, and the system, window and seed of this model."""
     if args.checkpoint:                                  # the model's settings are its checkpoint's
         saved = load(args.checkpoint)
         systems = next(a.choices for a in parser._actions if a.dest == "systems")
-        if saved["job"]["system"] not in systems:
-            raise RunError(f"--checkpoint: {args.checkpoint} holds {saved['job']['system']}; this "
-                           f"script evaluates {', '.join(systems)}")
         vars(args).update(saved["settings"])
+        if args.system not in systems:
+            raise RunError(f"--checkpoint: {args.checkpoint} holds {args.system}; this script "
+                           f"evaluates {', '.join(systems)}")
     if args.size not in (None, *tasks[args.task].sizes):
         raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}, not "
                        f"{args.size}")
@@ -620,9 +621,6 @@ def prepare(args, parser, tasks, make_jobs):
     args.latents = sorted({most if k == "all" else k for k in args.latents})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
-    jobs = [saved["job"]] if args.checkpoint else make_jobs(task, args)
-    jobs = [job for i, job in enumerate(jobs) if job not in jobs[:i]]           # named twice
-
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -631,10 +629,13 @@ def prepare(args, parser, tasks, make_jobs):
     except OSError as error:
         raise RunError(f"--out: cannot write to {args.out}: {error.strerror}") from None
     for record in read_results(args.out):
-        for name in OF_THE_MODEL:
+        for name in OF_THE_MODEL[3:]:
             if record.get(name) != getattr(args, name):
                 raise RunError(f"--out: {args.out} has results with {name} {record.get(name)}, not "
                                f"{getattr(args, name)}; choose another folder")
+    jobs = [{}] if args.checkpoint else make_jobs(task, args)
+    jobs = [argparse.Namespace(**{**vars(args), **job})
+            for i, job in enumerate(jobs) if job not in jobs[:i]]               # named twice
     there = [job_name(job) for job in jobs if (args.out / f"{job_name(job)}.pt").exists()]
     if there and not args.resume and not args.checkpoint:
         raise RunError(f"--out: {args.out} has checkpoints of {', '.join(there)}; go on from them "
@@ -658,13 +659,13 @@ def start_worker(stop, lock, bars, threads):
 
 
 def run(args, task, jobs, experiment):
-    """Run experiment(task, args, job) for every job and add its records to results.json: some jobs
-    side by side, each in a process of its own; under torchrun one by one, all processes together
-    (they share the training; each evaluates by itself, and what the first one finds counts)."""
+    """Run experiment(task, job) for every job and add its records to results.json: some jobs side
+    by side, each in a process of its own; under torchrun one by one, all processes together (they
+    share the training; each evaluates by itself, and what the first one finds counts)."""
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         for job in jobs:
-            records = experiment(task, args, job)
+            records = experiment(task, job)
             if DDP_RANK == 0:
                 add_results(args.out, records)
         torch.distributed.destroy_process_group()
@@ -678,7 +679,7 @@ def run(args, task, jobs, experiment):
     try:
         # Workers start deaf to Ctrl-C. Their parent hears it, and sets STOP.
         hear = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        futures = [pool.submit(experiment, task, args, job) for job in jobs]
+        futures = [pool.submit(experiment, task, job) for job in jobs]
         signal.signal(signal.SIGINT, hear)
         for future in concurrent.futures.as_completed(futures):
             add_results(args.out, future.result())
@@ -719,10 +720,10 @@ def main(parser, tasks, make_jobs, experiment):
     parser.exit(status, "Interrupted; --resume goes on from here.\n" if status else None)
 
 
-def new_model(task, args, seed):
+def new_model(task, args):
     """A fresh model for the task, on its device."""
     config = Config(task.vocab_size, task.seq_len, args.layers, args.heads, args.width)
-    model = Transformer(config, torch.Generator().manual_seed(seed))
+    model = Transformer(config, torch.Generator().manual_seed(args.seed))
     return model.to(args.device)
 
 
@@ -734,11 +735,11 @@ def puzzles(task, args, n, rng, split):
         yield torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
 
 
-def solve(task, args, n, seed, split, decode):
+def solve(task, args, n, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
     Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
-    rng = np.random.default_rng((seed, 2**32))        # not a stream of training: (seed, step) there
-    generator = torch.Generator(args.device).manual_seed(seed)
+    rng = np.random.default_rng((args.seed, 2**32))        # training uses (seed, step)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     batches, seconds = [], 0.0
     for tokens in puzzles(task, args, n, rng, split):
         started = time.time()
@@ -749,22 +750,21 @@ def solve(task, args, n, seed, split, decode):
     return filled, task.correct(filled), forward_tokens, seconds
 
 
-def held_out_mean(task, args, seed, measure):
+def held_out_mean(task, args, measure):
     """The mean of measure(tokens, rng), a number or a tensor, over --samples held-out puzzles."""
-    rng = np.random.default_rng((seed, 2**32 + 1))
+    rng = np.random.default_rng((args.seed, 2**32 + 1))
     batches = puzzles(task, args, args.samples, rng, "test")
     return sum(measure(tokens, rng) * len(tokens) for tokens in batches) / args.samples
 
 
-def evaluate(task, model, args, job, n_latent, decode, nats, training, order=None, candidates=None):
+def evaluate(task, args, model, n_latent, decode, nats, training, order=None, candidates=None):
     """Decode --samples test puzzles; returns one record for results.json. Two controls: of the
     valid boards generated, which share was `unseen` in training; and which share of the answers
     is right by `chance`, for the prompt of another puzzle."""
-    filled, right, forward_tokens, seconds = solve(task, args, args.samples, job["seed"], "test",
-                                                   decode)
+    filled, right, forward_tokens, seconds = solve(task, args, args.samples, "test", decode)
     accuracy = right.mean().item()
     if args.watch and DDP_RANK == 0:
-        tqdm.write(watch(task, args, f"{job_name(job)}, latent tokens: {n_latent}", decode))
+        tqdm.write(watch(task, args, f"{job_name(args)}, latent tokens: {n_latent}", decode))
     unseen = chance = None
     if task.prompt_len:
         prompt, answer = np.split(filled, [task.prompt_len], axis=1)
@@ -772,13 +772,12 @@ def evaluate(task, model, args, job, n_latent, decode, nats, training, order=Non
         chance = task.correct(other).mean().item()
     elif right.any():              # near 10 %: it learnt the rules; near 0: it recites training
         unseen = task.held_out(filled[right]).mean().item()
-    return {**job, "n_latent": n_latent, "accuracy": accuracy,
+    return {**{name: getattr(args, name) for name in OF_THE_MODEL}, **training,
+            "n_latent": n_latent, "order": order, "candidates": candidates, "greedy": args.greedy,
+            "samples": args.samples, "accuracy": accuracy,
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
             "chance": chance, "nats": nats, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
-            **training, "order": order, "candidates": candidates,
-            "greedy": args.greedy, "samples": args.samples,
-            **{name: getattr(args, name) for name in OF_THE_MODEL},
             "params": sum(w.numel() for w in model.parameters()),
             "device": args.device, "torch": torch.__version__}
 
@@ -807,7 +806,7 @@ def watch(task, args, title, decode):
         frames.append(f"step {len(frames) + 1}: {len(sure)} predicted but not decoded\n"
                       + task.show(shown, mark))
 
-    right = solve(task, args, 1, args.seeds[0], "test", partial(decode, on_step=on_step))[1]
+    right = solve(task, args, 1, "test", partial(decode, on_step=on_step))[1]
     verdict = "right" if right[0] else "wrong"
     legend = ("[x] is decoded in this step; x 83% is predicted, as sure as that, and not decoded; "
               "what is blank is not in this pass")

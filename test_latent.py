@@ -701,7 +701,7 @@ def test_puzzles_are_shown():
 
 def test_watch_shows_every_pass():
     """What is decoded, latent and absent in each step is what the decoder was told to do."""
-    model, args = small_model(4, 16), argparse.Namespace(device="cpu", seeds=[0])
+    model, args = small_model(4, 16), argparse.Namespace(device="cpu", seed=0)
 
     def decode(tokens, **more):
         return latent.decode_any_order(model, tokens, 0, "semicausal", 3, candidates=1, **more)
@@ -855,8 +855,8 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 
 def test_ctrl_c_saves_and_ends(tmp_path):
     """A terminal sends Ctrl-C to all processes: one line, and no model after this one is begun."""
-    process = script("train_diffusion.py", *TINY, "--steps", 10**6, "--systems", "mdm", "--seeds", 0,
-                     1, 2, "--jobs", 1, "--out", tmp_path, wait=False)
+    flags = [*TINY, "--steps", 10**6, "--systems", "mdm", "--seeds", 0, 1, 2, "--jobs", 1]
+    process = script("train_diffusion.py", *flags, "--out", tmp_path, wait=False)
     while "it/s" not in process.stderr.read(100):                               # the progress bar
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
@@ -866,7 +866,7 @@ def test_ctrl_c_saves_and_ends(tmp_path):
     assert 0 < latent.load(tmp_path / "mdm-s0.pt")["step"] < 10**6
 
 
-def dies(task, args, job):
+def dies(task, args):
     os._exit(1)
 
 
@@ -879,16 +879,16 @@ def test_a_killed_worker_gets_one_line(tmp_path, monkeypatch, capsys):
 
 
 def arguments(*flags):
-    """The arguments of train_diffusion.py with a tiny task, checked, and that task."""
+    """The arguments of train_diffusion.py for MDM with a tiny task, checked, and that task."""
     parser = train_diffusion.flags()
     args = parser.parse_args([*TINY, *map(str, flags)])
-    task, _ = latent.prepare(args, parser, TASKS, train_diffusion.jobs)
-    return args, task
+    task, jobs = latent.prepare(args, parser, TASKS, train_diffusion.jobs)
+    return jobs[0], task
 
 
-def train_once(args, task, job, spoil=lambda step: 1.0):
+def train_once(args, task, spoil=lambda step: 1.0):
     """Train MDM without a script, its weights multiplied by spoil(step)."""
-    model, steps = latent.new_model(task, args, job["seed"]), itertools.count()
+    model, steps = latent.new_model(task, args), itertools.count()
 
     def objective(tokens, rng):
         inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng)
@@ -897,17 +897,14 @@ def train_once(args, task, job, spoil=lambda step: 1.0):
     def decode(tokens, generator):
         return latent.decode_any_order(model, tokens, 0, "joint", 15, generator=generator)
 
-    latent.train(task, model, objective, decode, args, job)
-
-
-JOB = {"system": "mdm", "window": None, "seed": 0}
+    latent.train(task, args, model, objective, decode)
 
 
 def test_controls_of_an_evaluation(tmp_path):
     """Test puzzles with their solutions are right, unseen, and right by chance only where the rules
     happen to admit the solution for another prompt."""
     args, task = arguments("--task", "sudoku-puzzle", "--out", tmp_path, "--samples", 2000)
-    model, rng = latent.new_model(task, args, 0), np.random.default_rng(5)
+    model, rng = latent.new_model(task, args), np.random.default_rng(5)
 
     def evaluate(task, split):
         solved = []
@@ -915,7 +912,7 @@ def test_controls_of_an_evaluation(tmp_path):
         def decode(tokens, generator):
             solved.append(torch.from_numpy(task.batch(len(tokens), rng, split)))
             return solved[-1], 1
-        return latent.evaluate(task, model, args, JOB, 0, decode, 0.0, {}), torch.cat(solved)
+        return latent.evaluate(task, args, model, 0, decode, 0.0, {}), torch.cat(solved)
 
     record, puzzles = evaluate(task, "test")
     by_chance = sum(all(given in (4, cell) for given, cell in zip(one[:16], other[16:]))
@@ -930,7 +927,7 @@ def test_controls_of_an_evaluation(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     args, task = arguments("--out", tmp_path)
     with pytest.raises(latent.RunError) as stop:
-        train_once(args, task, JOB, lambda step: math.nan if step == 5 else 1.0)
+        train_once(args, task, lambda step: math.nan if step == 5 else 1.0)
     for text in ("loss nan", "step 5", "learning rate 0.0003", f"good checkpoint is {tmp_path}"):
         assert text in str(stop.value)
     saved = latent.load(tmp_path / "mdm-s0.pt")
@@ -943,7 +940,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     accuracies = iter([0, 3, 2, 5, 1, 5, 4, 0, 0, 0, 2, 1])              # of 64 puzzles
     monkeypatch.setattr(latent, "solve",
                         lambda *_: (None, np.arange(64) < next(accuracies), None, None))
-    train_once(args, task, JOB)
+    train_once(args, task)
     probes = latent.load(tmp_path / "mdm-s0.pt")["probes"]
     assert [step for step, _ in probes] == list(range(1, 13)) and probes[3] == [4, 5 / 64]
     assert latent.load(tmp_path / "mdm-s0.best.pt")["step"] == 6
@@ -953,7 +950,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 def test_what_was_saved_stays(tmp_path, monkeypatch, trouble):
     folder = tmp_path / "out"
     args, task = arguments("--out", folder)
-    train_once(args, task, JOB)
+    train_once(args, task)
     before = (folder / "mdm-s0.pt").read_bytes()
 
     def save(content, file):
@@ -966,7 +963,7 @@ def test_what_was_saved_stays(tmp_path, monkeypatch, trouble):
     else:
         monkeypatch.setattr(torch, "save", save)
     with pytest.raises(latent.RunError, match="--out: cannot write") as stop:
-        train_once(args, task, JOB)
+        train_once(args, task)
     assert "\n" not in str(stop.value)
     folder = tmp_path / "elsewhere" if trouble == "vanished folder" else folder
     assert (folder / "mdm-s0.pt").read_bytes() == before
@@ -1025,7 +1022,7 @@ def test_memory_is_flat(tmp_path):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return 1.0
 
-    train_once(args, task, JOB, peak)
+    train_once(args, task, peak)
     print(f"\npeak memory in KiB after 500 steps {peaks[0]}, after 5,000 {peaks[1]}")
     assert peaks[1] < 1.05 * peaks[0]
 

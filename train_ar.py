@@ -37,36 +37,36 @@ def jobs(task, args):
             for system in args.systems for w in ([None] if system == "ar" else windows)]
 
 
-def experiment(task, args, job):
+def experiment(task, args):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
-    model = latent.new_model(task, args, job["seed"])
-    causal = job["system"] in latent.CACHEABLE
-    is_random, most = job["window"] == "random", task.seq_len - task.prompt_len
-    sweep = args.latents if is_random else [(job["window"] or 1) - 1]
+    model = latent.new_model(task, args)
+    causal = args.system in latent.CACHEABLE
+    is_random, most = args.window == "random", task.seq_len - task.prompt_len
+    sweep = args.latents if is_random else [(args.window or 1) - 1]
 
     def objective(tokens, rng):
-        if job["system"] == "ar":
+        if args.system == "ar":
             return latent.next_token(tokens, task.prompt_len, model.mask)
-        window = rng.integers(1, most, endpoint=True) if is_random else job["window"]
+        window = rng.integers(1, most, endpoint=True) if is_random else args.window
         return latent.multi_token(tokens, task.prompt_len, model.mask, rng, window,
-                                  job["system"] != "control", causal)
+                                  args.system != "control", causal)
 
     def decode(tokens, n_latent, generator, on_step=None):
-        window = 0 if job["system"] == "ar" else n_latent + 1
+        window = 0 if args.system == "ar" else n_latent + 1
         return latent.decode_left_to_right(model, tokens, task.prompt_len, window, args.greedy,
                                            generator, causal, on_step)
 
     def nats(tokens, rng, n_latent):
-        if job["system"] == "ar":
+        if args.system == "ar":
             return latent.next_token_nats(model, tokens, task.prompt_len)
         return latent.multi_token_nats(model, tokens, task.prompt_len, n_latent + 1, causal)
 
-    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
+    training = latent.train(task, args, model, objective, partial(decode, n_latent=sweep[-1]))
     records = []
     for k in sweep:
-        measured = latent.held_out_mean(task, args, job["seed"], partial(nats, n_latent=k))
-        records.append(latent.evaluate(task, model, args, job, k, partial(decode, n_latent=k),
-                                       measured, training))
+        measured = latent.held_out_mean(task, args, partial(nats, n_latent=k))
+        records.append(latent.evaluate(task, args, model, k, partial(decode, n_latent=k), measured,
+                                       training))
     return records
 
 

@@ -32,15 +32,15 @@ def jobs(task, args):
             for seed in args.seeds for system in args.systems]
 
 
-def experiment(task, args, job):
+def experiment(task, args):
     """Train one system with one seed, then evaluate it with every number of latent tokens."""
-    kind, most = latent.KIND[job["system"]], task.seq_len - task.prompt_len - 1
-    causal = job["system"] in latent.CACHEABLE
-    sweep = {"mdm": [most], "sidm": [0]}.get(job["system"], args.latents)
+    kind, most = latent.KIND[args.system], task.seq_len - task.prompt_len - 1
+    causal = args.system in latent.CACHEABLE
+    sweep = {"mdm": [most], "sidm": [0]}.get(args.system, args.latents)
     candidates = args.candidates or max(1, min(8, (most + 1) // 4))
     if args.order == "uniform":
         candidates = 1
-    model = latent.new_model(task, args, job["seed"])
+    model = latent.new_model(task, args)
 
     def objective(tokens, rng):
         return latent.diffusion(tokens, task.prompt_len, model.mask, rng, causal)
@@ -52,9 +52,9 @@ def experiment(task, args, job):
     def table_of(tokens, rng):
         return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng, causal)
 
-    training = latent.train(task, model, objective, partial(decode, n_latent=sweep[-1]), args, job)
-    table = latent.held_out_mean(task, args, job["seed"], table_of)
-    return [latent.evaluate(task, model, args, job, k, partial(decode, n_latent=k),
+    training = latent.train(task, args, model, objective, partial(decode, n_latent=sweep[-1]))
+    table = latent.held_out_mean(task, args, table_of)
+    return [latent.evaluate(task, args, model, k, partial(decode, n_latent=k),
                             latent.diffusion_nats(table, kind, k), training, args.order, candidates)
             for k in sweep]
 
