@@ -440,7 +440,7 @@ def train(task, args, model, objective, decode):
         first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
     if args.checkpoint:
         return {"train_minutes": seconds / 60, "probes": probes}
-    if STOP.is_set():                               # a job that was waiting for this process
+    if STOP.is_set():                               # Ctrl-C came while this job waited
         raise KeyboardInterrupt
     network = torch.compile(model) if args.compile else model
     network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
@@ -516,7 +516,7 @@ def load(path, expected={}):
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint") from None
     except Exception:
-        raise RunError(f"{path}: not a checkpoint of latent, or a damaged one") from None
+        raise RunError(f"{path}: not a checkpoint of this version of latent, or damaged") from None
     for name, value in expected.items():
         if found[name] != value:
             raise RunError(f"{path}: is a checkpoint with {name} {found[name]}, not {value}")
@@ -621,6 +621,7 @@ def prepare(args, parser, tasks, make_jobs):
     args.latents = sorted({most if k == "all" else k for k in args.latents})
     if args.latents[-1] > most:
         raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
+    jobs = [{}] if args.checkpoint else make_jobs(task, args)
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -633,7 +634,6 @@ def prepare(args, parser, tasks, make_jobs):
             if record.get(name) != getattr(args, name):
                 raise RunError(f"--out: {args.out} has results with {name} {record.get(name)}, not "
                                f"{getattr(args, name)}; choose another folder")
-    jobs = [{}] if args.checkpoint else make_jobs(task, args)
     jobs = [argparse.Namespace(**{**vars(args), **job})
             for i, job in enumerate(jobs) if job not in jobs[:i]]               # named twice
     there = [job_name(job) for job in jobs if (args.out / f"{job_name(job)}.pt").exists()]
@@ -653,7 +653,7 @@ def start_worker(stop, lock, bars, threads):
     global STOP, BAR
     threading.Thread(target=follow_parent, daemon=True).start()
     STOP, BAR = stop, bars.get()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # on Windows workers do not inherit this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # for Windows, where it is not inherited
     tqdm.set_lock(lock)
     torch.set_num_threads(threads)
 
@@ -677,14 +677,16 @@ def run(args, task, jobs, experiment):
     worker = (STOP, CONTEXT.RLock(), bars, max(1, torch.get_num_threads() // width))
     pool = concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker)
     try:
-        # Workers start deaf to Ctrl-C. Their parent hears it, and sets STOP.
+        # Workers inherit this (not on Windows): their parent alone hears Ctrl-C, and sets STOP.
         hear = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = [pool.submit(experiment, task, job) for job in jobs]
         signal.signal(signal.SIGINT, hear)
         for future in concurrent.futures.as_completed(futures):
             add_results(args.out, future.result())
-    finally:                                         # after Ctrl-C or an error all save and end
+    except BaseException:                                  # the other trainings save and end, too
         STOP.set()
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
 
 
@@ -708,8 +710,8 @@ def main(parser, tasks, make_jobs, experiment):
     except RunError as error:
         parser.error(str(error))
     except concurrent.futures.BrokenExecutor:
-        parser.error("a process was killed, perhaps for want of memory; --resume goes on, with "
-                     "--jobs fewer at once")
+        parser.error("a process was killed, perhaps for want of memory; --resume goes on, and "
+                     "a smaller --jobs trains fewer at once")
     except torch._dynamo.exc.TorchDynamoException as error:
         parser.error(f"--compile: {str(error).splitlines()[0]}")
     if DDP_RANK == 0 and args.out:
@@ -738,7 +740,7 @@ def puzzles(task, args, n, rng, split):
 def solve(task, args, n, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
     Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
-    rng = np.random.default_rng((args.seed, 2**32))        # training uses (seed, step)
+    rng = np.random.default_rng((args.seed, 2**32))        # steps use (seed, step < 2**32)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     batches, seconds = [], 0.0
     for tokens in puzzles(task, args, n, rng, split):
@@ -828,7 +830,8 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        system = r["system"].upper().replace("MTP", "AR+MTP").replace("-CAUSAL", " causal")
+        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
+                  "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
         order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
         name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
         groups.setdefault((name, r["n_latent"]), []).append(r)

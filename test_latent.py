@@ -1,7 +1,6 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
 import argparse
 import ast
-import copy
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ import train_ar
 import train_diffusion
 from data import TASKS
 from data.countdown import Countdown
-from data.sudoku import Sudoku, fill, units
+from data.sudoku import Sudoku, fill
 from data.zebra import Zebra
 
 torch.set_num_threads(1)

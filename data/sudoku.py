@@ -143,8 +143,8 @@ class SudokuPuzzle(Sudoku):
             order = np.random.default_rng(0).random(boards.shape).argsort(1)
             needed = self._solvable(boards, order, np.linspace(*givens, 64).astype(int))
             if (needed.sum(1) > givens[1]).mean() > 0.95:
-                raise ValueError(f"--givens: {givens[0]} to {givens[1]} are too few for a single "
-                                 "solution; allow more of them")
+                raise ValueError(f"--givens: {givens[0]} to {givens[1]} are mostly too few for "
+                                 "a single solution; allow more")
 
     def batch(self, n, rng, split):
         """n puzzles with their solutions, int64 (n, seq_len)."""
