@@ -358,9 +358,10 @@ def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, gr
 
 # 6. training ----------------------------------------------------------------------------------
 
-# What makes a model what it is. The models in an output folder share all but the first three.
-OF_THE_MODEL = ("system", "window", "seed", "task", "size", "givens", "prompt", "steps",
-                "batch_size", "lr", "layers", "heads", "width")
+# What makes a model what it is, and the part of it that all models in an output folder share.
+OF_THE_FOLDER = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr", "layers", "heads",
+                 "width")
+OF_THE_MODEL = ("system", "window", "seed", *OF_THE_FOLDER)
 CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
 # Ctrl-C sets STOP: every training ends after its step and is saved. Under torchrun it ends at once,
 # and the last minute is lost.
@@ -427,10 +428,9 @@ def train(task, args, model, objective, decode):
     exactly and no random state needs saving."""
     path = args.out / f"{job_name(args)}.pt"
     opts = optimizers(model, args.lr)
-    settings = {name: getattr(args, name) for name in OF_THE_MODEL}
     source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
     if args.checkpoint or (args.resume and path.exists()):
-        saved = load(source, settings)
+        saved = load(source, settings(args))
         try:
             model.load_state_dict(saved["model"])
             for opt, state in zip(opts, saved["optimizers"]):
@@ -451,8 +451,8 @@ def train(task, args, model, objective, decode):
         rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
         batch = (tokens, *objective(tokens, rng))
-        batch = (x[DDP_RANK::WORLD_SIZE] for x in batch)                  # this process's share
-        tokens, inputs, rank, weight = (x.to(args.device, non_blocking=True) for x in batch)
+        tokens, inputs, rank, weight = (                                # this process's share
+            x[DDP_RANK::WORLD_SIZE].to(args.device, non_blocking=True) for x in batch)
         with autocast(args.device):
             ce = cross_entropy(network, tokens, inputs, rank, KIND[args.system])
         loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
@@ -482,7 +482,7 @@ def train(task, args, model, objective, decode):
             saved_at = time.time()
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
                        "step": step + 1, "seconds": seconds + saved_at - started,
-                       "probes": probes, "settings": settings}
+                       "probes": probes, "settings": settings(args)}
             if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
                 write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
             write(path, lambda file: torch.save(content, file))
@@ -494,6 +494,11 @@ def train(task, args, model, objective, decode):
 def job_name(args):
     """What names a model: its system, its window if it has one, and its seed."""
     return "-".join(str(part) for part in (args.system, args.window, f"s{args.seed}") if part)
+
+
+def settings(args):
+    """What makes a model what it is, as checkpoints and results hold it."""
+    return {name: getattr(args, name) for name in OF_THE_MODEL}
 
 
 def write(path, write_to):
@@ -630,7 +635,7 @@ def prepare(args, parser, tasks, make_jobs):
     except OSError as error:
         raise RunError(f"--out: cannot write to {args.out}: {error.strerror}") from None
     for record in read_results(args.out):
-        for name in OF_THE_MODEL[3:]:
+        for name in OF_THE_FOLDER:
             if record.get(name) != getattr(args, name):
                 raise RunError(f"--out: {args.out} has results with {name} {record.get(name)}, not "
                                f"{getattr(args, name)}; choose another folder")
@@ -774,9 +779,9 @@ def evaluate(task, args, model, n_latent, decode, nats, training, order=None, ca
         chance = task.correct(other).mean().item()
     elif right.any():              # near 10 %: it learnt the rules; near 0: it recites training
         unseen = task.held_out(filled[right]).mean().item()
-    return {**{name: getattr(args, name) for name in OF_THE_MODEL}, **training,
-            "n_latent": n_latent, "order": order, "candidates": candidates, "greedy": args.greedy,
-            "samples": args.samples, "accuracy": accuracy,
+    return {**settings(args), **training, "n_latent": n_latent, "order": order,
+            "candidates": candidates, "greedy": args.greedy, "samples": args.samples,
+            "accuracy": accuracy,
             "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
             "chance": chance, "nats": nats, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
