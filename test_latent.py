@@ -854,6 +854,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 
 def test_ctrl_c_saves_and_ends(tmp_path):
     """A terminal sends Ctrl-C to all processes: one line, and no model after this one is begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     flags = [*TINY, "--steps", 10**6, "--systems", "mdm", "--seeds", 0, 1, 2, "--jobs", 1]
     process = script("train_diffusion.py", *flags, "--out", tmp_path, wait=False)
     while "it/s" not in process.stderr.read(100):                               # the progress bar
