@@ -42,9 +42,10 @@ from tqdm import tqdm
 # 3). Every token has a rank. 0: clean, i.e. known. 1, 2, ..., m: the m masked tokens, in an order,
 # the chain (in diffusion a random one). -1: absent from this pass.
 #
-# Systems with causal context rank known tokens, too, in the order in which they became known: 1, 2,
-# ..., and masked tokens after them. What is decoded later then never changes the keys and values
-# of a known token, and decoders can cache them.
+# Systems with causal context rank known tokens, too, in the order in which they became known, and
+# masked tokens after them. What is decoded later then never changes the keys and values of a known
+# token, and decoders can cache them. From left to right known tokens have the even ranks 2, 4, ...,
+# and all masked tokens of a window the odd rank between what is known and what is not.
 
 
 def visibility(rank, kind):
@@ -59,15 +60,16 @@ def visibility(rank, kind):
         return clean | itself
     if kind == "semicausal":          # SCDM: a masked token sees those before it in the chain
         return clean | earlier | itself
-    if kind == "causal":              # AR; in AR+MTP causal equal ranks, its window, see each other
-        return (0 < key) & (key <= query) | itself
+    if kind == "causal":              # AR, AR+MTP causal: sees what is known before it, its window
+        return earlier & (key % 2 == 0) | (0 < key) & (key == query) | itself
     raise ValueError(f"unknown kind of visibility: {kind}")
 
 
-# Five systems, the control of AR+MTP, and two variants with causal context.
+# Five systems, the control of AR+MTP, and three variants with causal context.
 KIND = {"ar": "causal", "mtp": "joint", "control": "joint", "mtp-causal": "causal",
-        "mdm": "joint", "sidm": "independent", "scdm": "semicausal", "scdm-causal": "semicausal"}
-CACHEABLE = ("ar", "mtp-causal", "scdm-causal")                  # those with causal context
+        "mtp-cuts": "causal", "mdm": "joint", "sidm": "independent", "scdm": "semicausal",
+        "scdm-causal": "semicausal"}
+CACHEABLE = ("ar", "mtp-causal", "mtp-cuts", "scdm-causal")      # those with causal context
 
 
 # 2. the transformer ---------------------------------------------------------------------------
@@ -154,9 +156,13 @@ class Transformer(nn.Module):
 # every device draws the same.
 
 
-def cross_entropy(model, tokens, inputs, rank, kind):
-    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+def cross_entropy(model, tokens, inputs, rank, kind, positions=None):
+    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`. If these are
+    not one for every token, (B, S), `positions` are theirs, and the result is (B, S)."""
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    else:
+        tokens = tokens.gather(1, positions)
     logits = model(inputs, positions, visibility(rank, kind))
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
@@ -165,8 +171,8 @@ def next_token(tokens, prompt_len, mask):
     """AR: slot i reads token i - 1 (the first slot a mask) and predicts token i."""
     B, T = tokens.shape
     inputs = torch.cat([tokens.new_full((B, 1), mask), tokens[:, :-1]], dim=1)
-    rank = torch.arange(1, T + 1, device=tokens.device).expand(B, T)
-    weight = (rank > prompt_len).float()
+    rank = 2 * torch.arange(1, T + 1, device=tokens.device).expand(B, T)
+    weight = (rank > 2 * prompt_len).float()
     return inputs, rank, weight / weight.sum()
 
 
@@ -182,6 +188,23 @@ def multi_token(tokens, prompt_len, mask, rng, window, loss_on_window=True, caus
     return torch.where(place < cut, tokens, mask), rank, weight / weight.sum()
 
 
+def multi_token_cuts(tokens, prompt_len, mask, rng, window):
+    """AR+MTP with causal context, at several cuts in one pass. Masked tokens do not change what a
+    clean one computes, so all windows share one copy of the clean tokens, which goes first: each
+    sees those before its cut, and itself. There are as many as fit into the answer side by side.
+    As above, and the positions of all S tokens, (B, S)."""
+    B, T = tokens.shape
+    cuts = prompt_len + stratified(B, T - prompt_len, rng, (T - prompt_len) // window)
+    place = (cuts[:, :, None] + torch.arange(window)).flatten(1)               # (B, cuts * window)
+    clean, present = torch.arange(T).expand(B, T), place < T
+    inputs = torch.cat([tokens, torch.full_like(place, mask)], dim=1)                      # (B, S)
+    rank = torch.where(present, 2 * cuts.repeat_interleave(window, dim=1) + 1, -1)
+    rank = torch.cat([2 * clean + 2, rank], dim=1)
+    weight = torch.cat([torch.zeros(B, T), present.float()], dim=1)
+    positions = torch.cat([clean, place.clamp(max=T - 1)], dim=1)
+    return inputs, rank, weight / weight.sum(), positions
+
+
 def diffusion(tokens, prompt_len, mask, rng, causal=False):
     """Masked diffusion: m of the answer's A tokens, m uniform in 1..A, are masked, in a random
     order. The plain mean over all masked tokens has the same minimiser as the ELBO, which weights
@@ -193,19 +216,23 @@ def diffusion(tokens, prompt_len, mask, rng, causal=False):
     return torch.where(masked, mask, tokens), rank, weight / weight.sum()
 
 
-def stratified(B, n, rng):
-    """(B, 1) integers, evenly spread over 0..n-1 (one of them, at random, is uniform): every batch
-    covers the range of cuts, or of noise levels, evenly, and its gradient has less variance."""
-    return torch.from_numpy(((np.arange(B) + rng.random()) * n / B).astype(np.int64))[:, None]
+def stratified(B, n, rng, draws=1):
+    """(B, draws) integers, evenly spread over 0..n-1 in every row and over the rows (one of them,
+    at random, is uniform): every batch covers the range of cuts, or of noise levels, evenly, and
+    its gradient has less variance."""
+    grid = np.arange(B)[:, None] + B * np.arange(draws) + rng.random()
+    return torch.from_numpy((grid * n / (B * draws)).astype(np.int64))
 
 
 def window_rank(T, cut, window, causal=False):
     """For cuts (B, 1) the ranks, and which tokens are masked, both (B, T): rank 0 before the cut,
-    1..window from there on, then -1, absent. Causal: the position, 1, 2, ..., before the cut, and
-    one rank for the whole window, the next."""
+    1..window from there on, then -1, absent. Causal: 2, 4, ... before the cut, and one rank for
+    the whole window, the next odd one."""
     place = torch.arange(T, device=cut.device)
     present = place < cut + window
-    rank = place.minimum(cut) + 1 if causal else (place - cut + 1).clamp(min=0)
+    rank = (place - cut + 1).clamp(min=0)
+    if causal:
+        rank = torch.where(place < cut, 2 * place + 2, 2 * cut + 1)
     return torch.where(present, rank, -1), (cut <= place) & present
 
 
@@ -422,10 +449,10 @@ def train(task, args, model, objective, decode):
     """Train a model, or load it if a checkpoint is given, and keep two checkpoints of it, the last
     and the best; returns for the results how long that took, and its probes.
 
-    objective(tokens, rng) -> inputs, rank, weight. decode as in `solve`, with the most latent
-    tokens of the sweep: about ten times in a training it probes how many of 64 training puzzles are
-    solved. Data and masks of a step follow from (seed, step) alone, so a resumed run goes on
-    exactly and no random state needs saving."""
+    objective(tokens, rng) -> inputs, rank, weight, and positions if they are not one for every
+    token. decode as in `solve`, with the most latent tokens of the sweep: about ten times in a
+    training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
+    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
     path = args.out / f"{job_name(args)}.pt"
     opts = optimizers(model, args.lr)
     source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
@@ -451,10 +478,10 @@ def train(task, args, model, objective, decode):
         rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
         batch = (tokens, *objective(tokens, rng))
-        tokens, inputs, rank, weight = (                                # this process's share
+        tokens, inputs, rank, weight, *positions = (                    # this process's share
             x[DDP_RANK::WORLD_SIZE].to(args.device, non_blocking=True) for x in batch)
         with autocast(args.device):
-            ce = cross_entropy(network, tokens, inputs, rank, KIND[args.system])
+            ce = cross_entropy(network, tokens, inputs, rank, KIND[args.system], *positions)
         loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -835,7 +862,8 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
+        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "mtp-cuts": "AR+MTP cuts",
+                  "control": "control",
                   "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
         order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
         name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
@@ -902,10 +930,12 @@ def draw(results, path):
 
 if __name__ == "__main__":
     print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked;\n"
-          "with causal context ranks are the order of becoming known, and the masked ones last.")
-    for title, system, rank in (("AR: position is rank", "ar", [1, 2, 3, 4, 5, 6]),
+          "with causal context ranks are the order of becoming known, and the masked ones last,\n"
+          "from left to right even if known, odd if masked.")
+    for title, system, rank in (("AR", "ar", [2, 4, 6, 8]),
                                 ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
-                                ("AR+MTP, causal prefix", "mtp-causal", [1, 2, 3, 3, 3, -1]),
+                                ("AR+MTP, causal prefix", "mtp-causal", [2, 4, 5, 5, 5, -1]),
+                                ("AR+MTP, two cuts", "mtp-cuts", [2, 4, 6, 8, 3, 3, 7, -1]),
                                 ("MDM", "mdm", [0, 3, 0, 1, 2, 4]),
                                 ("SIDM", "sidm", [0, 3, 0, 1, 2, 4]),
                                 ("SCDM", "scdm", [0, 3, 0, 1, 2, 4]),

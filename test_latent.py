@@ -99,7 +99,7 @@ def all_boards(side):
 @pytest.mark.parametrize("kind", ["joint", "independent", "semicausal", "causal"])
 def test_visibility_is_the_table(kind):
     ranks = [[0, 3, 0, 1, 2, 4], [0, 0, 1, 2, 3, -1], [1, 2, 3, 4, 5, 6], [0, 0, 0, -1, -1, 1],
-             [1, 2, 3, 3, 3, -1]]
+             [2, 4, 5, 5, 5, -1], [2, 4, 6, 3, 3, 5]]
     visible = latent.visibility(torch.tensor(ranks), kind)
     for b, rank in enumerate(ranks):
         for q, k in itertools.product(range(6), range(6)):
@@ -108,7 +108,7 @@ def test_visibility_is_the_table(kind):
             elif rank[k] < 0:
                 expected = False
             elif kind == "causal":
-                expected = 0 < rank[k] <= rank[q]
+                expected = 0 < rank[k] <= rank[q] and (rank[k] % 2 == 0 or rank[k] == rank[q])
             elif rank[k] == 0 or kind == "joint":
                 expected = True
             else:
@@ -144,7 +144,8 @@ def test_who_cannot_influence_whom(system):
     model = latent.Transformer(latent.Config(4, 12, 1, 2, 16))
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.4)
-    rank = {"ar": [1, 2, 3, 4, 5, 6], "mtp": [0, 0, 1, 2, 3, -1], "mtp-causal": [1, 2, 3, 3, 3, -1],
+    rank = {"ar": [2, 4, 6, 8, 10, 12], "mtp": [0, 0, 1, 2, 3, -1],
+            "mtp-causal": [2, 4, 5, 5, 5, -1], "mtp-cuts": [2, 4, 6, 3, 3, 5],
             "scdm-causal": [2, 5, 1, 3, 4, 6]}.get(system, [0, 3, 0, 1, 2, 4])
     visible = latent.visibility(torch.tensor([rank]), latent.KIND[system])
     tokens, positions = torch.randint(4, (1, 6)), torch.arange(6)[None]
@@ -271,7 +272,7 @@ def test_causal_ranks(prompt_len):
     assert masked.equal(rank > prompt_len + 6 - m)
     assert len(set(map(tuple, rank.tolist()))) > 600          # of 6! = 720 orders
     rank, masked = latent.window_rank(6, torch.tensor([[2], [5]]), 2, causal=True)
-    assert rank.tolist() == [[1, 2, 3, 3, -1, -1], [1, 2, 3, 4, 5, 6]]
+    assert rank.tolist() == [[2, 4, 5, 5, -1, -1], [2, 4, 6, 8, 10, 11]]
     assert masked.tolist() == [[False] * 2 + [True] * 2 + [False] * 2, [False] * 5 + [True]]
 
 
@@ -363,6 +364,39 @@ def test_multi_token_loss_by_hand(loss_on_window):
     cuts = {(latent.multi_token(tokens, 2, 4, rng, 1)[1] > 0).int().argmax(1)[0].item()
             for _ in range(50)}
     assert cuts == {2}                       # stratified: four rows, four cuts, the first row first
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 9])
+def test_multi_token_cuts_loss_by_hand(window):
+    """In a pass that many windows share every one is as in a pass of its own."""
+    model, tokens, prompt_len, T = small_model(), torch.randint(4, (4, 12)), 3, 12
+    inputs, rank, weight, positions = latent.multi_token_cuts(
+        tokens, prompt_len, model.mask, np.random.default_rng(0), window)
+    loss = (weight * latent.cross_entropy(model, tokens, inputs, rank, "causal", positions)).sum()
+    first = positions[:, T::window]                            # of every window, i.e. the cuts
+    assert first.shape == (4, 9 // window)
+    losses = []
+    for row, cut in ((row, cut) for row, cuts in zip(tokens, first.tolist()) for cut in cuts):
+        present = row[:cut + window].clone()
+        present[cut:] = model.mask
+        visible = torch.ones(len(present), len(present), dtype=torch.bool).tril()
+        visible[cut:, cut:] = True
+        logits = model(present[None], torch.arange(len(present))[None], visible[None])[0]
+        losses += [-logits[i].log_softmax(-1)[row[i]] for i in range(cut, len(present))]
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_cuts_are_distinct_and_uniform(window):
+    rng, counts = np.random.default_rng(0), np.zeros(12)
+    for _ in range(200):
+        tokens = torch.zeros(64, 12, dtype=torch.int64)
+        positions = latent.multi_token_cuts(tokens, 2, 4, rng, window)[3]
+        cuts = positions[:, 12::window]
+        assert (cuts.diff() > 0).all()
+        counts += np.bincount(cuts.flatten(), minlength=12)
+    assert counts[:2].tolist() == [0, 0]
+    np.testing.assert_allclose(counts[2:], counts.sum() / 10, rtol=0.05)
 
 
 def test_a_uniform_oracle_has_the_floor_as_its_nats():
@@ -823,8 +857,8 @@ def results(folder):
 @pytest.mark.parametrize("name,flags,n", [
     ("train_diffusion.py", ["--seeds", 0, 1], 2 * 5),
     ("train_diffusion.py", ["--systems", "scdm-causal"], 3),
-    ("train_ar.py", ["--systems", "ar", "mtp", "mtp-causal", "control", "--windows", "random", 3],
-     1 + 3 * (3 + 1))])
+    ("train_ar.py", ["--systems", "ar", "mtp", "mtp-causal", "mtp-cuts", "control",
+                     "--windows", "random", 3], 1 + 4 * (3 + 1))])
 def test_scripts_run_end_to_end_and_repeat_themselves(tmp_path, name, flags, n):
     for folder in ("a", "b"):
         status, out, err = script(name, *TINY, *flags, "--out", tmp_path / folder)

@@ -4,7 +4,8 @@
     MTP      multi-token prediction: a window of masked tokens, the first of which is decoded and
              the others are latent; with a random window one model serves every window;
              mtp-causal is its variant in which known tokens do not see the window or what comes
-             after them, so that decoding can cache them
+             after them, so that decoding can cache them; mtp-cuts is the same model, trained at
+             several cuts in one pass, which share the known tokens
     control  the same window, but only its first token is trained
 
 `python train_ar.py` does it for the generation of 6x6 Sudoku boards.
@@ -17,7 +18,7 @@ from data import TASKS
 
 def flags():
     """The flags of both scripts, and the windows."""
-    parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "mtp-causal", "control"],
+    parser = latent.common_flags(__doc__, TASKS, ["ar", "mtp", "mtp-causal", "mtp-cuts", "control"],
                                  ["ar", "mtp"])
     parser.add_argument("--windows", nargs="+", default=["random"], metavar="W",
                         type=latent.at_least(1, words=["all", "random"]),
@@ -48,6 +49,8 @@ def experiment(task, args):
         if args.system == "ar":
             return latent.next_token(tokens, task.prompt_len, model.mask)
         window = rng.integers(1, most, endpoint=True) if is_random else args.window
+        if args.system == "mtp-cuts":
+            return latent.multi_token_cuts(tokens, task.prompt_len, model.mask, rng, window)
         return latent.multi_token(tokens, task.prompt_len, model.mask, rng, window,
                                   args.system != "control", causal)
 
