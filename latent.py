@@ -42,10 +42,11 @@ from tqdm import tqdm
 # 3). Every token has a rank. 0: clean, i.e. known. 1, 2, ..., m: the m masked tokens, in an order,
 # the chain (in diffusion a random one). -1: absent from this pass.
 #
-# Systems with causal context rank known tokens, too, in the order in which they became known, and
-# masked tokens after them. What is decoded later then never changes the keys and values of a known
-# token, and decoders can cache them. From left to right known tokens have the even ranks 2, 4, ...,
-# and all masked tokens of a window the odd rank between what is known and what is not.
+# Systems with causal context rank known tokens, too, in the order in which they became known. What
+# is masked then never changes the keys and values of a known token, and decoders can cache them. In
+# SCDM the masked tokens have the ranks after those. In AR and AR+MTP, from left to right, the known
+# tokens have the even ranks 2, 4, 6, ..., and all masked tokens of a window one odd rank, 1 above
+# the last one that they see.
 
 
 def visibility(rank, kind):
@@ -60,7 +61,7 @@ def visibility(rank, kind):
         return clean | itself
     if kind == "semicausal":          # SCDM: a masked token sees those before it in the chain
         return clean | earlier | itself
-    if kind == "causal":              # AR, AR+MTP causal: sees what is known before it, its window
+    if kind == "causal":              # AR, AR+MTP causal: known tokens (even) before it; its window
         return earlier & (key % 2 == 0) | (0 < key) & (key == query) | itself
     raise ValueError(f"unknown kind of visibility: {kind}")
 
@@ -151,14 +152,14 @@ class Transformer(nn.Module):
 
 # 3. objectives --------------------------------------------------------------------------------
 # An objective chooses what the model reads (inputs), who sees whom (rank), and how much the
-# cross-entropy of each token counts (weight, with sum 1 over the batch). The rest is the same for
-# all. tokens is (B, T), the prompt first; A is the length of the answer; rng is numpy's, so that
-# every device draws the same.
+# cross-entropy of each token counts (weight, with sum 1 over the batch); if it does not read one
+# input for each token, also their positions. The rest is the same for all. tokens is (B, T), the
+# prompt first; A is the length of the answer; rng is numpy's, so that every device draws the same.
 
 
 def cross_entropy(model, tokens, inputs, rank, kind, positions=None):
-    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`. If these are
-    not one for every token, (B, S), `positions` are theirs, and the result is (B, S)."""
+    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`. By default
+    input i stands at position i; with `positions`, (B, S), inputs and the result are (B, S)."""
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     else:
@@ -189,19 +190,20 @@ def multi_token(tokens, prompt_len, mask, rng, window, loss_on_window=True, caus
 
 
 def multi_token_cuts(tokens, prompt_len, mask, rng, window):
-    """AR+MTP with causal context, at several cuts in one pass. Masked tokens do not change what a
-    clean one computes, so all windows share one copy of the clean tokens, which goes first: each
-    sees those before its cut, and itself. There are as many as fit into the answer side by side.
-    As above, and the positions of all S tokens, (B, S)."""
+    """AR+MTP with causal context, at several cuts in one pass. Masked tokens change nothing of what
+    a clean one computes, so all windows share the clean tokens. These come first, once, then the
+    windows of A // window cuts; a window sees the clean tokens before its cut, and itself. Returns
+    inputs, rank, weight, and positions, each (B, S): S is T and all windows."""
     B, T = tokens.shape
     cuts = prompt_len + stratified(B, T - prompt_len, rng, (T - prompt_len) // window)
-    place = (cuts[:, :, None] + torch.arange(window)).flatten(1)               # (B, cuts * window)
-    clean, present = torch.arange(T).expand(B, T), place < T
-    inputs = torch.cat([tokens, torch.full_like(place, mask)], dim=1)                      # (B, S)
-    rank = torch.where(present, 2 * cuts.repeat_interleave(window, dim=1) + 1, -1)
-    rank = torch.cat([2 * clean + 2, rank], dim=1)
-    weight = torch.cat([torch.zeros(B, T), present.float()], dim=1)
-    positions = torch.cat([clean, place.clamp(max=T - 1)], dim=1)
+    cuts = cuts[:, :, None]                                                          # (B, cuts, 1)
+    place = cuts + torch.arange(window)                                         # (B, cuts, window)
+    rank = torch.where(place < T, 2 * cuts + 1, -1).flatten(1)               # absent past the end
+    weight = F.pad((rank > 0).float(), (T, 0))                                             # (B, S)
+    inputs = F.pad(tokens, (0, rank.shape[1]), value=mask)
+    known = torch.arange(T).expand(B, T)
+    rank = torch.cat([2 * known + 2, rank], dim=1)
+    positions = torch.cat([known, place.flatten(1).clamp(max=T - 1)], dim=1)
     return inputs, rank, weight / weight.sum(), positions
 
 
@@ -862,7 +864,7 @@ def summary(results):
     error of the accuracy (over seeds if there are several, else that of the sample)."""
     groups = {}
     for r in results:
-        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "mtp-cuts": "AR+MTP cuts",
+        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "mtp-cuts": "AR+MTP causal cuts",
                   "control": "control",
                   "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
         order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
@@ -930,8 +932,8 @@ def draw(results, path):
 
 if __name__ == "__main__":
     print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked;\n"
-          "with causal context ranks are the order of becoming known, and the masked ones last,\n"
-          "from left to right even if known, odd if masked.")
+          "with causal context known tokens have ranks, too, in the order of becoming known; from\n"
+          "left to right these are even, and a window's is odd, 1 above the last one that it sees.")
     for title, system, rank in (("AR", "ar", [2, 4, 6, 8]),
                                 ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
                                 ("AR+MTP, causal prefix", "mtp-causal", [2, 4, 5, 5, 5, -1]),

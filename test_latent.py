@@ -386,11 +386,11 @@ def test_multi_token_cuts_loss_by_hand(window):
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("window", [2, 3, 5])
 def test_cuts_are_distinct_and_uniform(window):
     rng, counts = np.random.default_rng(0), np.zeros(12)
-    for _ in range(200):
-        tokens = torch.zeros(64, 12, dtype=torch.int64)
+    tokens = torch.zeros(3, 12, dtype=torch.int64)     # few rows: the offset matters
+    for _ in range(2000):
         positions = latent.multi_token_cuts(tokens, 2, 4, rng, window)[3]
         cuts = positions[:, 12::window]
         assert (cuts.diff() > 0).all()
