@@ -1123,8 +1123,8 @@ def test_bench(side, layers, heads, width):
           f"{peak / 1e9:.0f} GFLOP/s")
     print("system            steps/s  share %   tokens  ms/puzzle  us/token")
 
-    def share(steps):
-        return 100 * 6 * layers * 12 * width**2 * B * A * steps / peak
+    def share(steps, n_tokens=A):
+        return 100 * 6 * layers * 12 * width**2 * B * n_tokens * steps / peak
 
     rng = np.random.default_rng(0)
 
@@ -1140,24 +1140,31 @@ def test_bench(side, layers, heads, width):
     gpt = PlainGPT(task.vocab_size, A, layers, heads, width)
     steps = steps_per_second(gpt.loss, gpt, [torch.optim.AdamW(gpt.parameters())])
     print(f"{'torch modules':<16}{steps:9.2f}{share(steps):9.0f}")
-    for system, sweep in [("ar", [0]), ("mtp", [A - 1]), ("mtp-causal", [A - 1]), ("mdm", [A - 1]),
-                          ("sidm", [0]), ("scdm", [0, 8, A - 1]), ("scdm-causal", [0, 8, A - 1])]:
+    for system, sweep in [("ar", [0]), ("mtp", [A - 1]), ("mtp-causal", [A - 1]), ("mtp-cuts", []),
+                          ("mdm", [A - 1]), ("sidm", [0]), ("scdm", [0, 8, A - 1]),
+                          ("scdm-causal", [0, 8, A - 1])]:
         kind, causal = latent.KIND[system], system in latent.CACHEABLE
         left_to_right = system in ("ar", "mtp", "mtp-causal")
         model = latent.Transformer(latent.Config(task.vocab_size, A, layers, heads, width))
 
         def loss(tokens):
+            positions = []
             if system == "ar":
                 inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
+            elif system == "mtp-cuts":           # A windows of one token after the A known tokens
+                inputs, rank, weight, *positions = latent.multi_token_cuts(tokens, 0, model.mask,
+                                                                           rng, 1)
             elif left_to_right:
                 inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A,
                                                           causal=causal)
             else:
                 inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng, causal)
-            return (weight * latent.cross_entropy(model, tokens, inputs, rank, kind)).sum()
+            ce = latent.cross_entropy(model, tokens, inputs, rank, kind, *positions)
+            return (weight * ce).sum()
 
         steps = steps_per_second(loss, model, latent.optimizers(model, 1e-3))
-        print(f"{system:<16}{steps:9.2f}{share(steps):9.0f}")
+        n_tokens = 2 * A if system == "mtp-cuts" else A
+        print(f"{system:<16}{steps:9.2f}{share(steps, n_tokens):9.0f}")
         for k in sweep if width == 64 else []:
             def decode():
                 if left_to_right:
