@@ -855,8 +855,8 @@ def results(folder):
 
 
 @pytest.mark.parametrize("name,flags,n", [
-    ("train_diffusion.py", ["--seeds", 0, 1], 2 * 5),
-    ("train_diffusion.py", ["--systems", "scdm-causal"], 3),
+    ("train_diffusion.py", ["--systems", "mdm", "sidm", "scdm", "scdm-causal", "--seeds", 0, 1],
+     2 * (1 + 1 + 3 + 3)),
     ("train_ar.py", ["--systems", "ar", "mtp", "mtp-causal", "mtp-cuts", "control",
                      "--windows", "random", 3], 1 + 4 * (3 + 1))])
 def test_scripts_run_end_to_end_and_repeat_themselves(tmp_path, name, flags, n):
