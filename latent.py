@@ -232,9 +232,7 @@ def window_rank(T, cut, window, causal=False):
     the whole window, the next odd one."""
     place = torch.arange(T, device=cut.device)
     present = place < cut + window
-    rank = (place - cut + 1).clamp(min=0)
-    if causal:
-        rank = torch.where(place < cut, 2 * place + 2, 2 * cut + 1)
+    rank = (2 * place + 2).minimum(2 * cut + 1) if causal else (place - cut + 1).clamp(min=0)
     return torch.where(present, rank, -1), (cut <= place) & present
 
 

@@ -1148,17 +1148,15 @@ def test_bench(side, layers, heads, width):
         model = latent.Transformer(latent.Config(task.vocab_size, A, layers, heads, width))
 
         def loss(tokens):
-            positions = []
             if system == "ar":
-                inputs, rank, weight = latent.next_token(tokens, 0, model.mask)
+                batch = latent.next_token(tokens, 0, model.mask)
             elif system == "mtp-cuts":           # A windows of one token after the A known tokens
-                inputs, rank, weight, *positions = latent.multi_token_cuts(tokens, 0, model.mask,
-                                                                           rng, 1)
+                batch = latent.multi_token_cuts(tokens, 0, model.mask, rng, 1)
             elif left_to_right:
-                inputs, rank, weight = latent.multi_token(tokens, 0, model.mask, rng, A,
-                                                          causal=causal)
+                batch = latent.multi_token(tokens, 0, model.mask, rng, A, causal=causal)
             else:
-                inputs, rank, weight = latent.diffusion(tokens, 0, model.mask, rng, causal)
+                batch = latent.diffusion(tokens, 0, model.mask, rng, causal)
+            inputs, rank, weight, *positions = batch
             ce = latent.cross_entropy(model, tokens, inputs, rank, kind, *positions)
             return (weight * ce).sum()
 
