@@ -1,30 +1,22 @@
-"""Latent tokens: one transformer, five ways to fill in what is unknown.
+"""Latent tokens: one transformer, and the question who sees whom.
 
 A masked token that a model predicts but does not decode in this step is a *latent token*: a hidden
-state that the decoded position can attend to. This file holds the whole method of "Reasoning with
+state that the decoded token can attend to. This file holds the whole method of "Reasoning with
 Latent Tokens in Diffusion Language Models" (He, Welleck & Fried, arXiv 2602.03769), in the order
 in which one would explain it on a whiteboard:
 
-    1. who sees whom        one small function is the difference between the systems
-    2. the transformer      a plain GPT that is told positions and visibility
-    3. objectives           what is hidden, and which predictions count
-    4. nats                 how well a system models held-out answers
-    5. decoders             left to right, and in any order with k latent tokens
-    6. training             one loop for every objective, and its checkpoints
-    7. around it            flags, tables, figure: shared by both scripts, safe to skip
+    1. systems, who sees whom   2. the transformer   3. the objective   4. nats   5. the decoder
 
+What follows trains (6), evaluates (7), and handles flags, processes, table and figure (8).
 `python latent.py` prints who sees whom. train_diffusion.py and train_ar.py run experiments.
 """
 import argparse
-import concurrent.futures
 import dataclasses
+import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -35,97 +27,103 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-# 1. who sees whom -----------------------------------------------------------------------------
-# AR is next-token prediction, AR+MTP (mtp) the same with multi-token prediction; MDM, SIDM and SCDM
-# are masked diffusion with joint, independent and semi-causal prediction. They differ in nothing
-# but the objective (section 3) and this table of which query attends to which key (paper, section
-# 3). Every token has a rank. 0: clean, i.e. known. 1, 2, ..., m: the m masked tokens, in an order,
-# the chain (in diffusion a random one). -1: absent from this pass.
+# 1. systems -----------------------------------------------------------------------------------
+# Every system fills in an answer, token by token. Two questions tell them apart. In which *order*
+# do tokens become known: from the left, or in a random order? And what does a masked token *see*
+# of the other masked ones: all of them, none, or those before it in the order?
 #
-# Systems with causal context rank known tokens, too, in the order in which they became known. What
-# is masked then never changes the keys and values of a known token, and decoders can cache them. In
-# SCDM the masked tokens have the ranks after those. In AR and AR+MTP, from left to right, the known
-# tokens have the even ranks 2, 4, 6, ..., and all masked tokens of a window one odd rank, 1 above
-# the last one that they see.
+# A token's *turn*, 0, 1, 2, ..., is its place in the order: first the prompt, position by position,
+# then the answer. At a *cut* all tokens of an earlier turn are known (clean), the next ones are
+# masked, and those beyond the window, if there is one, are absent: their turn is -1.
 
 
-def visibility(rank, kind):
-    """rank (B, T) int -> (B, T, T) bool: may the query (middle index) attend to the key (last)?"""
-    query, key = rank[:, :, None], rank[:, None, :]
-    # A softmax over nothing would be NaN, so absent tokens see themselves, too.
-    itself = torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)
-    clean, earlier = key == 0, (0 < key) & (key < query)
-    if kind == "joint":               # MDM, AR+MTP: everybody sees everybody
-        return (key >= 0) | itself
-    if kind == "independent":         # SIDM: masked tokens do not see each other
-        return clean | itself
-    if kind == "semicausal":          # SCDM: a masked token sees those before it in the chain
-        return clean | earlier | itself
-    if kind == "causal":              # AR, AR+MTP causal: known tokens (even) before it; its window
-        return earlier & (key % 2 == 0) | (0 < key) & (key == query) | itself
-    raise ValueError(f"unknown kind of visibility: {kind}")
+@dataclasses.dataclass(frozen=True)
+class System:
+    title: str                 # its name in tables and figures
+    color: str
+    order: str                 # "left" or "random"
+    sees: str                  # "joint", "independent" or "semicausal": see visibility
+    causal: bool = False       # a clean token sees only earlier ones, so decoding can cache it
+    shifted: bool = False      # nothing is masked: slot i reads token i - 1 and predicts token i
+    next_only: bool = False    # the loss counts the next token alone: a control
 
 
-# Five systems, the control of AR+MTP, and three variants with causal context.
-KIND = {"ar": "causal", "mtp": "joint", "control": "joint", "mtp-causal": "causal",
-        "mtp-cuts": "causal", "mdm": "joint", "sidm": "independent", "scdm": "semicausal",
-        "scdm-causal": "semicausal"}
-CACHEABLE = ("ar", "mtp-causal", "mtp-cuts", "scdm-causal")      # those with causal context
+SYSTEMS = {
+    "ar": System("AR", "tab:gray", "left", "joint", causal=True, shifted=True),
+    "mtp": System("AR+MTP", "tab:orange", "left", "joint"),
+    "mtp-causal": System("AR+MTP causal", "tab:red", "left", "joint", causal=True),
+    "control": System("control", "tab:brown", "left", "joint", next_only=True),
+    "mdm": System("MDM", "tab:purple", "random", "joint"),
+    "sidm": System("SIDM", "tab:green", "random", "independent"),
+    "scdm": System("SCDM", "tab:blue", "random", "semicausal"),
+    "scdm-causal": System("SCDM causal", "tab:cyan", "random", "semicausal", causal=True),
+}
+
+
+def visibility(system, turn, masked):
+    """The four cells of the paper's table (section 3). turn (B, T) int, masked (B, T) bool ->
+    (B, T, T) bool: may the query (middle index) attend to the key (last index)?"""
+    query, key = turn[:, :, None], turn[:, None, :]
+    everything = key >= 0                                          # nobody sees an absent token
+    nothing = torch.zeros_like(everything)
+    earlier = everything & (key < query)
+
+    clean_sees_clean = earlier if system.causal else everything
+    clean_sees_masked = everything if system.sees == "joint" and not system.causal else nothing
+    masked_sees_clean = clean_sees_clean
+    masked_sees_masked = {"joint": everything,                     # MDM, AR+MTP
+                          "independent": nothing,                  # SIDM
+                          "semicausal": earlier}[system.sees]      # SCDM
+
+    clean_query, clean_key = ~masked[:, :, None], ~masked[:, None, :]
+    visible = torch.where(clean_query, torch.where(clean_key, clean_sees_clean, clean_sees_masked),
+                          torch.where(clean_key, masked_sees_clean, masked_sees_masked))
+    itself = torch.eye(turn.shape[1], dtype=torch.bool, device=turn.device)
+    return visible | itself
 
 
 # 2. the transformer ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Config:
-    vocab_size: int           # tokens that can be predicted; the mask is one more, that can not
-    seq_len: int              # prompt and answer
-    layers: int
-    heads: int
-    width: int
 
 
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream. Returns what it
     makes of x (B, T, C), and the keys and values, (B, heads, T, C / heads), after those of past."""
 
-    def __init__(self, config):
+    def __init__(self, heads, width):
         super().__init__()
-        self.heads = config.heads
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        # With this gain attention logits start as cosines. README.md: what happens if it is 1.
-        gain = (config.width // config.heads) ** -0.5
-        self.gain = nn.Parameter(torch.full((config.heads, 1, 1), gain))
-        self.attention_out = nn.Linear(config.width, config.width, bias=False)
-        self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.mlp_out = nn.Linear(4 * config.width, config.width, bias=False)
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, visible, past=None):
         B, T, C = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
-        # QK norm with a learned gain for each head (Henry et al., arXiv 2010.04245).
-        q, k = F.rms_norm(q, q.shape[-1:]) * self.gain, F.rms_norm(k, k.shape[-1:])
         if past:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))).square()), (k, v)
+        h = F.relu(self.mlp_in(self.mlp_norm(x)))
+        return x + self.mlp_out(h * h), (k, v)         # ReLU squared: as good as GELU, and cheaper
 
 
 class Transformer(nn.Module):
-    """A pre-norm GPT with learned absolute positions and an untied output layer."""
+    """A pre-norm GPT with learned absolute positions and an untied output layer. Of its
+    vocab_size + 1 input tokens the last is the mask, which can not be predicted."""
 
-    def __init__(self, config, generator=None):
+    def __init__(self, vocab_size, seq_len, layers, heads, width, seed=0):
         super().__init__()
-        self.mask = config.vocab_size                                # the id of the mask token
-        self.token = nn.Embedding(config.vocab_size + 1, config.width)
-        self.position = nn.Embedding(config.seq_len, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        self.mask = vocab_size
+        self.token = nn.Embedding(vocab_size + 1, width)
+        self.position = nn.Embedding(seq_len, width)
+        self.blocks = nn.ModuleList(Block(heads, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if name.endswith("_out.weight"):      # every block starts as the identity: at small
                 nn.init.zeros_(weight)            # widths this matters more than the optimizer
@@ -134,301 +132,173 @@ class Transformer(nn.Module):
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, tokens, positions, visible, cache=None, n_known=0):
+    def forward(self, tokens, positions, visible, cache=None, n_keep=0):
         """tokens (B, T), positions (B, T) or (1, T), visible (B, T, T) or (1, T, T) bool ->
         logits (B, T, vocab_size). Positions are explicit: trimmed or reordered, a token keeps
         the position that it has in the full sequence.
 
         A decoder may pass a `cache`, at first {}: the keys and values of S tokens from earlier
         passes. They go before those of this pass, visible is (B or 1, T, S + T), and of all S + T
-        the first `n_known` are kept for the next pass."""
+        the first `n_keep` are kept for the next pass."""
         x = self.token(tokens) + self.position(positions)                               # (B, T, C)
         for i, block in enumerate(self.blocks):
             x, (k, v) = block(x, visible[:, None], (cache or {}).get(i))    # one mask, all heads
             if cache is not None:
-                cache[i] = k[:, :, :n_known], v[:, :, :n_known]
+                cache[i] = k[:, :, :n_keep], v[:, :, :n_keep]
         return self.output(self.norm(x))                                       # (B, T, vocab_size)
 
 
-# 3. objectives --------------------------------------------------------------------------------
-# An objective chooses what the model reads (inputs), who sees whom (rank), and how much the
-# cross-entropy of each token counts (weight, with sum 1 over the batch); if it does not read one
-# input for each token, also their positions. The rest is the same for all. tokens is (B, T), the
-# prompt first; A is the length of the answer; rng is numpy's, so that every device draws the same.
+# 3. the objective -----------------------------------------------------------------------------
+# tokens is (B, T), the prompt first; A is the length of the answer. rng is numpy's, so that every
+# device draws the same.
 
 
-def cross_entropy(model, tokens, inputs, rank, kind, positions=None):
-    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`. By default
-    input i stands at position i; with `positions`, (B, S), inputs and the result are (B, S)."""
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    else:
-        tokens = tokens.gather(1, positions)
-    logits = model(inputs, positions, visibility(rank, kind))
+def hide(system, tokens, prompt_len, mask, cut, window, rng):
+    """Tokens of a turn before the cut, a number or (B, 1), stay clean, the next `window` are
+    masked, the rest is absent. Returns what the model reads, turn, and masked, each (B, T)."""
+    B, T = tokens.shape
+    turn = torch.arange(T).expand(B, T)
+    if system.order == "random":
+        answer = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))     # 0..A-1 shuffled
+        turn = torch.cat([turn[:, :prompt_len], prompt_len + answer], dim=1)
+    turn = turn.to(tokens.device)
+    if system.shifted:
+        return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
+    turn = torch.where(turn < cut + window, turn, -1)
+    known = (0 <= turn) & (turn < cut)
+    return torch.where(known, tokens, mask), turn, turn >= cut
+
+
+def objective(system, tokens, prompt_len, mask, window, rng):
+    """Draw a cut for every row, uniformly from the A turns of the answer. From the left that is
+    AR+MTP's random prefix; in random order, with a window of at least A, it is masked diffusion's
+    random number of masks. Returns inputs, turn, masked, and the weight of each token's
+    cross-entropy in the loss (with sum 1 over the batch), each (B, T). The plain mean over masked
+    tokens has the same minimiser as diffusion's ELBO, which weights each row's sum by A over its
+    number of masks, and less variance."""
+    B, T = tokens.shape
+    # One random offset, then evenly spread over the rows: every batch covers all cuts evenly.
+    spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
+    cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)        # (B, 1)
+    inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window, rng)
+    counts = masked
+    if system.shifted:
+        counts = turn >= prompt_len
+    if system.next_only:
+        counts = turn == cut
+    return inputs, turn, masked, counts / counts.sum()
+
+
+def cross_entropy(model, system, tokens, inputs, turn, masked):
+    """The cross-entropy in nats of every token, (B, T), when the model reads `inputs`."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    logits = model(inputs, positions, visibility(system, turn, masked))
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
-def next_token(tokens, prompt_len, mask):
-    """AR: slot i reads token i - 1 (the first slot a mask) and predicts token i."""
-    B, T = tokens.shape
-    inputs = torch.cat([tokens.new_full((B, 1), mask), tokens[:, :-1]], dim=1)
-    rank = 2 * torch.arange(1, T + 1, device=tokens.device).expand(B, T)
-    weight = (rank > 2 * prompt_len).float()
-    return inputs, rank, weight / weight.sum()
-
-
-def multi_token(tokens, prompt_len, mask, rng, window, loss_on_window=True, causal=False):
-    """AR+MTP: the answer is cut at a random place. Before the cut it is clean, the next `window`
-    tokens are masked, the rest is absent. Only the first masked token will ever be decoded, the
-    others are latent. The control, loss_on_window=False, has them but does not train them."""
-    B, T = tokens.shape
-    cut = prompt_len + stratified(B, T - prompt_len, rng)                                  # (B, 1)
-    rank, masked = window_rank(T, cut, window, causal)
-    place = torch.arange(T)
-    weight = (masked if loss_on_window else place == cut).float()
-    return torch.where(place < cut, tokens, mask), rank, weight / weight.sum()
-
-
-def multi_token_cuts(tokens, prompt_len, mask, rng, window):
-    """AR+MTP with causal context, at several cuts in one pass. Masked tokens change nothing of what
-    a clean one computes, so all windows share the clean tokens. These come first, once, then the
-    windows of A // window cuts; a window sees the clean tokens before its cut, and itself. Returns
-    inputs, rank, weight, and positions, each (B, S): S is T and all windows."""
-    B, T = tokens.shape
-    cuts = prompt_len + stratified(B, T - prompt_len, rng, (T - prompt_len) // window)
-    cuts = cuts[:, :, None]                                                          # (B, cuts, 1)
-    place = cuts + torch.arange(window)                                         # (B, cuts, window)
-    rank = torch.where(place < T, 2 * cuts + 1, -1).flatten(1)               # absent past the end
-    weight = F.pad((rank > 0).float(), (T, 0))                                             # (B, S)
-    inputs = F.pad(tokens, (0, rank.shape[1]), value=mask)
-    known = torch.arange(T).expand(B, T)
-    rank = torch.cat([2 * known + 2, rank], dim=1)
-    positions = torch.cat([known, place.flatten(1).clamp(max=T - 1)], dim=1)
-    return inputs, rank, weight / weight.sum(), positions
-
-
-def diffusion(tokens, prompt_len, mask, rng, causal=False):
-    """Masked diffusion: m of the answer's A tokens, m uniform in 1..A, are masked, in a random
-    order. The plain mean over all masked tokens has the same minimiser as the ELBO, which weights
-    each sequence's sum by A / m, and less variance."""
-    B, T = tokens.shape
-    m = 1 + stratified(B, T - prompt_len, rng)                                             # (B, 1)
-    rank, masked = random_rank(B, T, prompt_len, m, rng, causal)
-    weight = masked.float()
-    return torch.where(masked, mask, tokens), rank, weight / weight.sum()
-
-
-def stratified(B, n, rng, draws=1):
-    """(B, draws) integers, evenly spread over 0..n-1 in every row and over the rows (one of them,
-    at random, is uniform): every batch covers the range of cuts, or of noise levels, evenly, and
-    its gradient has less variance."""
-    grid = np.arange(B)[:, None] + B * np.arange(draws) + rng.random()
-    return torch.from_numpy((grid * n / (B * draws)).astype(np.int64))
-
-
-def window_rank(T, cut, window, causal=False):
-    """For cuts (B, 1) the ranks, and which tokens are masked, both (B, T): rank 0 before the cut,
-    1..window from there on, then -1, absent. Causal: 2, 4, ... before the cut, and one rank for
-    the whole window, the next odd one."""
-    place = torch.arange(T, device=cut.device)
-    present = place < cut + window
-    rank = (2 * place + 2).minimum(2 * cut + 1) if causal else (place - cut + 1).clamp(min=0)
-    return torch.where(present, rank, -1), (cut <= place) & present
-
-
-def random_rank(B, T, prompt_len, m, rng, causal=False):
-    """Ranks, and which tokens are masked, both (B, T): ranks 1..m, m an integer or (B, 1), at m
-    random places of the answer, 0 for the rest and the prompt. Causal: 1, 2, ... for the prompt,
-    then for the rest of the answer in a random order, then for the masked tokens."""
-    order = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))   # shuffled 0, 1, 2, ...
-    masked = order < m
-    rank, prompt = (order + 1) * masked, torch.zeros(B, prompt_len, dtype=torch.int64)
-    if causal:
-        rank = prompt_len + 1 + (order - m) % (T - prompt_len)    # those with order >= m come first
-        prompt = torch.arange(1, prompt_len + 1).expand(B, prompt_len)
-    return torch.cat([prompt, rank], dim=1), F.pad(masked, (prompt_len, 0))
-
-
 # 4. nats --------------------------------------------------------------------------------------
-# Every system is a generative process with a negative log-likelihood: exact for AR and AR+MTP; for
-# diffusion its mean over random orders, an upper bound. Where the entropy of the answer is known,
+# Every system is a generative process with a negative log-likelihood: exact from the left; in
+# random order its mean over the orders, an upper bound. Where the entropy of the answer is known,
 # the floor, "is my loss normal?" has an answer; and the share of right answers among samples at
 # temperature 1 (for diffusion in uniform order) is at least exp(-(nats - floor)).
 
 
 @torch.no_grad()
-def next_token_nats(model, tokens, prompt_len):
-    """AR's nats for an answer: the sum of its next-token cross-entropies. A mean over tokens."""
-    inputs, rank, _ = next_token(tokens, prompt_len, model.mask)
-    ce = cross_entropy(model, tokens, inputs, rank, KIND["ar"])
-    return ce[:, prompt_len:].sum(1).mean().item()
-
-
-@torch.no_grad()
-def multi_token_nats(model, tokens, prompt_len, window, causal=False):
-    """AR+MTP's nats for an answer: at every cut, the cross-entropy of the next token."""
-    nats = 0.0
-    for cut in range(prompt_len, tokens.shape[1]):
-        present = tokens[:, :cut + window]
-        cuts = torch.tensor([[cut]], device=tokens.device)
-        rank, masked = window_rank(present.shape[1], cuts, window, causal)
-        inputs = torch.where(masked, model.mask, present)
-        ce = cross_entropy(model, present, inputs, rank, "causal" if causal else "joint")
-        nats += ce[:, cut].mean().item()
-    return nats
-
-
-@torch.no_grad()
-def diffusion_table(model, tokens, prompt_len, kind, rng, causal=False):
-    """CE[m - 1, r - 1]: the mean cross-entropy of the masked token of rank r when m are masked, in
-    nats, (A, A); 0 where r > m."""
-    B, T = tokens.shape
-    rows = []
-    for m in range(1, T - prompt_len + 1):
-        rank, masked = (x.to(tokens.device)
-                        for x in random_rank(B, T, prompt_len, m, rng, causal))
-        ce = cross_entropy(model, tokens, torch.where(masked, model.mask, tokens), rank, kind)
-        rank = (rank - (T - m if causal else 0)).clamp(min=0)
-        by_rank = ce.new_zeros(B, T + 1).scatter(1, rank, ce)            # column 0: clean tokens
-        rows.append(by_rank[:, 1:T - prompt_len + 1].mean(0))
-    return torch.stack(rows).cpu()
-
-
-def diffusion_nats(table, kind, n_latent):
-    """Nats for an answer that is decoded in uniformly random order: the sum over m = A..1 of the
-    cross-entropy of one token. In SCDM with k latent tokens that is the token of rank k + 1, or the
-    last one if fewer are masked; in MDM and SIDM the masked tokens have no order and their mean
-    has the least variance."""
-    if kind == "semicausal":
-        return sum(row[min(n_latent, m)].item() for m, row in enumerate(table))
-    return sum(row[:m + 1].mean().item() for m, row in enumerate(table))
-
-
-# 5. decoders ----------------------------------------------------------------------------------
-# One token a step. Both return the filled tokens, (B, T), and the number of forward tokens: how
-# many positions went through the transformer for one puzzle, the honest unit of inference cost.
-# With causal context a known token is computed once, masked ones again in every pass.
-# on_step(tokens, positions, logits, place) may watch how the first puzzle is solved.
-
-
-def sample(logits, greedy, generator):
-    """logits (B, V) -> tokens (B,): drawn at temperature 1, or the most probable ones."""
-    if greedy:
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@torch.no_grad()
-def decode_left_to_right(model, tokens, prompt_len, window, greedy=False, generator=None,
-                         causal=False, on_step=None):
-    """AR+MTP with a window of masked tokens, of which only the first is decoded and the others are
-    latent; window 0 is AR, which reads what is known and one start slot."""
-    B, T = tokens.shape
-    tokens = torch.where(torch.arange(T, device=tokens.device) < prompt_len, tokens, model.mask)
-    causal = causal or window == 0
-    cache, cached, forward_tokens = {} if causal else None, 0, 0
+def nats(model, system, tokens, prompt_len, n_latents, rng):
+    """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
+    cross-entropy of the token that would be decoded. Means over tokens, one for each k of
+    n_latents; nan where this measure does not apply."""
+    T, totals = tokens.shape[1], torch.zeros(len(n_latents))
     for cut in range(prompt_len, T):
-        present = tokens[:, :cut + max(1, window)]               # what is absent is not computed
-        if window == 0:
-            present = next_token(present, prompt_len, model.mask)[0]
-        cuts = torch.full((1, 1), cut, device=tokens.device)
-        rank, _ = window_rank(present.shape[1], cuts, max(1, window), causal)
-        n_known = cut + (window == 0)                     # AR's slots all hold what is known
-        positions = torch.arange(cached, present.shape[1], device=tokens.device)[None]
-        visible = visibility(rank, "causal" if causal else "joint")[:, cached:]
-        logits = model(present[:, cached:], positions, visible, cache, n_known)
-        tokens[:, cut] = sample(logits[:, cut - cached], greedy, generator)
-        forward_tokens += positions.shape[1]
-        cached = n_known if causal else 0
-        if on_step:
-            on_step(tokens, positions, logits, cut)
-    return tokens, forward_tokens
+        for i, k in enumerate(n_latents):
+            if i == 0 or system.order == "left":          # in random order one pass serves every k
+                window = k + 1 if system.order == "left" else T
+                hidden = hide(system, tokens, prompt_len, model.mask, cut, window, rng)
+                ce, (_, turn, masked) = cross_entropy(model, system, tokens, *hidden), hidden
+            if system.order == "left":
+                decoded = turn == cut
+            elif system.sees == "semicausal":             # it has seen the k that are before it
+                decoded = turn == min(cut + k, T - 1)
+            elif (system.sees, k) in [("independent", 0), ("joint", T - prompt_len - 1)]:
+                decoded = masked                          # all are alike: their mean is steadier
+            else:
+                return torch.full_like(totals, math.nan)
+            totals[i] += ((ce * decoded).sum() / decoded.sum()).item()
+    return totals
+
+
+# 5. the decoder -------------------------------------------------------------------------------
+# Which candidate is decoded next: the one with the highest score, from their probabilities
+# (B, candidates, V). In uniform order it is the first one, which is random already.
+POLICIES = {
+    "top-prob": lambda p: p.amax(-1),                       # its best token is the most probable
+    "margin": lambda p: -p.topk(2).values.diff()[..., 0],   # best less second best (2502.06768)
+    "uniform": lambda p: torch.zeros_like(p[..., 0]),
+}
 
 
 @torch.no_grad()
-def decode_any_order(model, tokens, prompt_len, kind, n_latent, candidates=8, greedy=False,
-                     generator=None, causal=False, on_step=None):
-    """Masked diffusion with k latent tokens (MDM: all, SIDM: 0). At every step random masked
-    positions are the candidates, k others are latent, and the rest does not go through the model.
-    The candidate whose best token is most probable is decoded: top-prob order; with one candidate
-    the order is uniform."""
+def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candidates=8,
+           temperature=1.0, generator=None, on_step=None):
+    """Fill in the answers, one token a step. In random order some masked positions, drawn anew at
+    every step, are *candidates* for the policy to choose from (from the left there is but one, the
+    next), n_latent others are latent, and the rest does not go through the model. Returns the
+    filled tokens, (B, T), and *forward tokens*: how many positions went through the transformer
+    for one puzzle, the honest unit of inference cost. on_step(tokens, positions, logits, c,
+    decoded) may watch the masked tokens of each pass, the first c of which are candidates."""
     B, T = tokens.shape
-    tokens = torch.where(torch.arange(T, device=tokens.device) < prompt_len, tokens, model.mask)
-    places = torch.arange(T, device=tokens.device).expand(B, T)
-    known, unknown = places[:, :prompt_len], places[:, prompt_len:]
-    cache, cached, forward_tokens = {} if causal else None, 0, 0
-    for m in range(T - prompt_len, 0, -1):
-        shuffle = torch.rand(B, m, generator=generator, device=tokens.device).argsort(1)
-        unknown = unknown.gather(1, shuffle)                                               # (B, m)
-        c = min(candidates, m)
-        k = min(n_latent, m - c)
-        n_known = T - m
-        positions = torch.cat([known[:, cached:], unknown[:, c:c + k], unknown[:, :c]], dim=1)
-        # For two known, one latent and two candidates: 0 0 1 2 2; with causal context 1 2 3 4 4.
-        rank = torch.arange(1 - n_known, k + c + 1, device=tokens.device).clamp(max=k + 1)
-        rank = rank + n_known if causal else rank.clamp(min=0)
-        visible = visibility(rank[None], kind)[:, cached:]
-        logits = model(tokens.gather(1, positions), positions, visible, cache, n_known)
-        candidate = logits[:, -c:]                                                      # (B, c, V)
-        best = candidate.softmax(-1).amax(-1).argmax(1, keepdim=True)                      # (B, 1)
-        token = sample(candidate.take_along_dim(best[..., None], 1)[:, 0], greedy, generator)
-        place = unknown.gather(1, best)                                                    # (B, 1)
-        tokens = tokens.scatter(1, place, token[:, None])
-        known = torch.cat([known, place], dim=1)
-        unknown = unknown.scatter(1, best, unknown[:, -1:])[:, :-1]    # the last one fills the gap
+    place = torch.arange(T, device=tokens.device).expand(B, T)
+    tokens = torch.where(place < prompt_len, tokens, model.mask)
+    known, unknown = place[:, :prompt_len], place[:, prompt_len:]
+    cache, cached, forward_tokens = {} if system.causal else None, 0, 0
+    for n in range(prompt_len, T):                                         # n tokens are known
+        c = 1
+        if system.order == "random":
+            shuffled = torch.rand(B, T - n, generator=generator, device=tokens.device).argsort(1)
+            unknown, c = unknown.gather(1, shuffled), min(candidates, T - n)
+        k = min(n_latent, T - n - c)
+        positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]
+        # Latent tokens come before the candidates, which do not see each other in SCDM.
+        turn = torch.cat([torch.arange(n), torch.full((c,), n + k), torch.arange(n, n + k)])
+        turn, inputs = turn[None].to(tokens.device), tokens
+        masked = turn >= n
+        if system.shifted:
+            inputs, masked = F.pad(tokens, (1, -1), value=model.mask), torch.zeros_like(masked)
+        visible = visibility(system, turn, masked)[:, cached:]
+        n_keep = n + system.shifted                       # a shifted slot n reads what is known
+        logits = model(inputs.gather(1, positions), positions, visible, cache, n_keep)
         forward_tokens += positions.shape[1]
-        cached = n_known if causal else 0
+        logits = logits[:, n - cached:]                                   # (B, c + k, V)
+
+        score = POLICIES[policy](logits[:, :c].softmax(-1))
+        best = score.argmax(1, keepdim=True)                                             # (B, 1)
+        logit = logits.take_along_dim(best[..., None], 1)[:, 0]                          # (B, V)
+        token = (torch.multinomial((logit / temperature).softmax(-1), 1, generator=generator)
+                 if temperature else logit.argmax(1, keepdim=True))                      # (B, 1)
+        decoded = unknown.gather(1, best)                                                # (B, 1)
+        tokens = tokens.scatter(1, decoded, token)
         if on_step:
-            on_step(tokens, positions, logits, place[0].item())
+            on_step(tokens, unknown[:, :c + k], logits, c, decoded)
+        known = torch.cat([known, decoded], dim=1)
+        unknown = unknown.scatter(1, best, unknown[:, :1])[:, 1:]         # the first fills the gap
+        cached = n_keep if system.causal else 0
     return tokens, forward_tokens
 
 
 # 6. training ----------------------------------------------------------------------------------
 
-# What makes a model what it is, and the part of it that all models in an output folder share.
-OF_THE_FOLDER = ("task", "size", "givens", "prompt", "steps", "batch_size", "lr", "layers", "heads",
-                 "width")
-OF_THE_MODEL = ("system", "window", "seed", *OF_THE_FOLDER)
-CONTEXT = multiprocessing.get_context("spawn")      # safe with CUDA, and the same on all platforms
-# Ctrl-C sets STOP: every training ends after its step and is saved. Under torchrun it ends at once,
-# and the last minute is lost.
-STOP = CONTEXT.Event()
-# torchrun tells which of how many processes this one is; they share every batch.
-DDP_RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-BAR = 0                                             # the line of this process's progress bar
+# What makes a model what it is; the first three are its name in an output folder.
+SETTINGS = "system window seed task size batch_size lr layers heads width".split()
 
 
 class RunError(Exception):
     """What ends a run and can be said in one line. The scripts exit with status 2."""
 
 
-# Three functions know one device from another. Everything else runs on any.
-
-
-def choose_device(name):
-    """auto is the first of CUDA, MPS and CPU that is there. Under torchrun every process takes a
-    GPU of its own."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    there = [device for device, is_there in there.items() if is_there]
-    if name not in ("auto", *there):
-        raise RunError(f"--device: no {name} here, only auto, {', '.join(there)}")
-    device = there[0] if name == "auto" else name
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-def autocast(device):
-    """bf16 for the large products on a GPU that has it, not one that emulates it; else float32."""
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device, torch.bfloat16, enabled=bf16)
-
-
-def side_by_side(device):
-    """How many models to train at once: several small ones keep the cores of a CPU busier than
-    several cores one small model, and three on two cores end together."""
-    return 3 * torch.get_num_threads() // 2 if device == "cpu" else 1
+def capacity(device):
+    """How many models to train side by side, and how many puzzles to decode at once. Three small
+    models keep two cores busier than two cores one model."""
+    return (3 * torch.get_num_threads() // 2, 128) if device == "cpu" else (1, 1024)
 
 
 def optimizers(model, lr):
@@ -440,507 +310,343 @@ def optimizers(model, lr):
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
 
-def schedule(step, steps):
-    """The learning rate's factor: a short warm-up, constant, then linear to 5 % in the 2nd half."""
-    return min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / steps))
-
-
 def train(task, args, model, objective, decode):
-    """Train a model, or load it if a checkpoint is given, and keep two checkpoints of it, the last
-    and the best; returns for the results how long that took, and its probes.
+    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint.
 
-    objective(tokens, rng) -> inputs, rank, weight, and positions if they are not one for every
-    token. decode as in `solve`, with the most latent tokens of the sweep: about ten times in a
+    objective(tokens, rng) -> inputs, turn, masked, weight. decode as in `solve`: ten times in a
     training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
-    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving."""
-    path = args.out / f"{job_name(args)}.pt"
-    opts = optimizers(model, args.lr)
-    source, first, seconds, probes = args.checkpoint or path, 0, 0.0, []
-    if args.checkpoint or (args.resume and path.exists()):
-        saved = load(source, settings(args))
-        try:
-            model.load_state_dict(saved["model"])
-            for opt, state in zip(opts, saved["optimizers"]):
-                opt.load_state_dict(state)
-        except (RuntimeError, ValueError):
-            raise RunError(f"{source}: a damaged checkpoint, or one of another model") from None
-        first, seconds, probes = saved["step"], saved["seconds"], saved["probes"]
-    if args.checkpoint:
-        return {"train_minutes": seconds / 60, "probes": probes}
-    if STOP.is_set():                               # Ctrl-C came while this job waited
-        raise KeyboardInterrupt
+    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving.
+    Returns step, minutes, and history: [step, loss, share solved or None] every 50 steps."""
+    opts, state = optimizers(model, args.lr), {"step": 0, "minutes": 0.0, "history": []}
+    if args.checkpoint or (args.resume and args.path.exists()):
+        saved = load(args.checkpoint or args.path)
+        for name, value in saved["settings"].items():
+            if value != getattr(args, name):
+                raise RunError(f"{args.path}: its {name} is {value}, not {getattr(args, name)}")
+        model.load_state_dict(saved["model"])
+        state = {name: saved[name] for name in state}
+        if args.checkpoint:
+            return state
+        for opt, opt_state in zip(opts, saved["optimizers"]):
+            opt.load_state_dict(opt_state)
     network = torch.compile(model) if args.compile else model
-    network = nn.parallel.DistributedDataParallel(network) if WORLD_SIZE > 1 else network
-    started = saved_at = time.time()
-    bar = tqdm(range(first, args.steps), job_name(args), args.steps, initial=first,
-               position=BAR, dynamic_ncols=True, disable=DDP_RANK > 0)
+    # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
+    bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    saved_at, started = time.time(), time.time() - 60 * state["minutes"]
+    bar = tqdm(range(state["step"], args.steps), args.path.stem, args.steps,
+               initial=state["step"], position=args.bar, dynamic_ncols=True)
     for step in bar:
         rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
-        batch = (tokens, *objective(tokens, rng))
-        tokens, inputs, rank, weight, *positions = (                    # this process's share
-            x[DDP_RANK::WORLD_SIZE].to(args.device, non_blocking=True) for x in batch)
-        with autocast(args.device):
-            ce = cross_entropy(network, tokens, inputs, rank, KIND[args.system], *positions)
-        loss = WORLD_SIZE * (weight * ce).sum()             # over processes gradients are averaged
+        tokens, *hidden, weight = (x.to(args.device) for x in (tokens, *objective(tokens, rng)))
+        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
+            ce = cross_entropy(network, SYSTEMS[args.system], tokens, *hidden)
+        loss = (weight * ce).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = args.lr * schedule(step, args.steps)
+        # A short warm-up, then constant, then in the second half linear to 5 %.
+        lr = args.lr * min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / args.steps))
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
-        if DDP_RANK > 0:
-            continue                                # the first process checks, saves and shows
 
-        probing = (step + 1) % max(1, args.steps // 10) == 0 or step + 1 == args.steps
-        saving = probing or STOP.is_set() or time.time() - saved_at > 60
-        if saving or step % 50 == 0:                        # .item() waits for the device
+        done = step + 1
+        probing = done % max(1, args.steps // 10) == 0 or done == args.steps
+        saving = probing or time.time() - saved_at > 60
+        if saving or done % 50 == 0:                              # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
-                last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint"
-                raise RunError(f"{job_name(args)}: loss {loss.item()}, gradient {norm.item()} at "
-                               f"step {step}, learning rate {lr:.2g}; {last}")
-            if probing:
-                right = solve(task, args, 64, "train", decode)[1]
-                probes.append([step + 1, right.mean().item()])
-            so_far = f", accuracy {probes[-1][1]:.0%}" if probes else ""
-            bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}")
+                raise RunError(f"{args.path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
+            state["history"].append([done, loss.item(), None])
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if probing:
+            state["history"][-1][2] = solve(task, args, 64, "train", decode)[1].mean().item()
         if saving:
             saved_at = time.time()
-            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
-                       "step": step + 1, "seconds": seconds + saved_at - started,
-                       "probes": probes, "settings": settings(args)}
-            if probing and probes[-1][1] == max(accuracy for _, accuracy in probes):
-                write(path.with_suffix(".best.pt"), lambda file: torch.save(content, file))
-            write(path, lambda file: torch.save(content, file))
-            if STOP.is_set():
-                raise KeyboardInterrupt
-    return {"train_minutes": (seconds + time.time() - started) / 60, "probes": probes}
+            state.update(step=done, minutes=(saved_at - started) / 60)
+            settings = {name: getattr(args, name) for name in SETTINGS}
+            torch.save({"model": model.state_dict(), "settings": settings, **state,
+                        "optimizers": [opt.state_dict() for opt in opts]}, file := io.BytesIO())
+            write(args.path, file.getvalue())
+    return state
 
 
-def job_name(args):
-    """What names a model: its system, its window if it has one, and its seed."""
-    return "-".join(str(part) for part in (args.system, args.window, f"s{args.seed}") if part)
-
-
-def settings(args):
-    """What makes a model what it is, as checkpoints and results hold it."""
-    return {name: getattr(args, name) for name in OF_THE_MODEL}
-
-
-def write(path, write_to):
-    """Write a file whole or not at all: a temporary file, then a rename."""
-    temporary = path.with_name(path.name + ".tmp")
+def write(path, content):
+    """Write bytes to a file, whole or not at all: a temporary file, then a rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        write_to(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--out: cannot write {path} (what was there is intact): {reason}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load(path, expected={}):
-    """Read a checkpoint. Refuse what is none, and one of other settings than those expected."""
+def load(path):
+    """Read a checkpoint, without running code that it may hold."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: saved["settings"][name] for name in OF_THE_MODEL}
-        [saved[x] for x in ("model", "optimizers", "step", "seconds", "probes")]
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such checkpoint") from None
-    except Exception:
-        raise RunError(f"{path}: not a checkpoint of this version of latent, or damaged") from None
-    for name, value in expected.items():
-        if found[name] != value:
-            raise RunError(f"{path}: is a checkpoint with {name} {found[name]}, not {value}")
-    return saved
+        saved["settings"] = {name: saved["settings"][name] for name in SETTINGS}
+        return saved
+    except Exception as error:
+        raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
 
 
-# 7. around it ---------------------------------------------------------------------------------
-# What both scripts share; a reader of the method may stop here.
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse whose complaints are one line."""
-
-    def error(self, message):
-        self.exit(2, None if DDP_RANK else f"{self.prog}: {message}\n")
-
-
-def at_least(least, kind=int, words=()):
-    """An argparse type: a finite number, not below `least`, or one of some words."""
-    def number(text):
-        if text in words:
-            return text
-        try:
-            if least <= kind(text) < math.inf:
-                return kind(text)
-        except ValueError:
-            pass
-        expected = f"a {'whole ' * (kind is int)}number of at least {least}"
-        raise argparse.ArgumentTypeError(
-            f"expected {' or '.join([expected, *words])}, not {text!r}")
-    return number
-
-
-def common_flags(description, tasks, systems, default_systems):
-    """The flags that both scripts have, [defaults] in brackets; each script adds its own."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
-    flag("--task", default="sudoku", choices=list(tasks), help="the puzzle [%(default)s]")
-    flag("--size", help=f"its size and [default]: {sizes} (houses x attributes)")
-    flag("--givens", nargs=2, type=at_least(0), metavar=("FEWEST", "MOST"),
-         help="sudoku-puzzle: how many digits a puzzle shows")
-    flag("--prompt", choices=["grid", "list"],
-         help="sudoku-puzzle: a grid with blanks [grid], or a list of cells and digits")
-    flag("--systems", nargs="+", default=default_systems, choices=systems,
-         help=f"what to train [{' '.join(default_systems)}]")
-    flag("--latents", nargs="+", metavar="K", type=at_least(0, words=["all"]),
-         help="numbers of latent tokens to sweep; if not given 0, powers of two up to half "
-         "the answer, and all; MDM, SIDM, AR and fixed windows have one number only")
-    flag("--steps", type=at_least(1), default=3600, help="training steps [%(default)s]")
-    flag("--batch-size", type=at_least(1), default=64, help="puzzles in a step [%(default)s]")
-    flag("--lr", type=at_least(0, float), default=5e-3, help="highest learning rate [%(default)s]")
-    flag("--layers", type=at_least(1), default=3, help="transformer blocks [%(default)s]")
-    flag("--heads", type=at_least(1), default=4, help="attention heads in a block [%(default)s]")
-    flag("--width", type=at_least(1), default=64, help="width of the residual stream [%(default)s]")
-    flag("--seeds", nargs="+", type=at_least(0), default=[0],
-         help="everything once for each seed [0]")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-         help="auto: the first of cuda, mps, cpu that is there [auto]")
-    flag("--compile", action="store_true", help="train with torch.compile")
-    flag("--jobs", type=at_least(0), default=0,
-         help="models side by side; 0: three for two cores, or one on a GPU [0]")
-    flag("--samples", type=at_least(1), default=1024,
-         help="puzzles in each evaluation [%(default)s]")
-    flag("--greedy", action="store_true", help="decode the most probable token, do not sample")
-    flag("--watch", action="store_true",
-         help="at the end solve one puzzle step by step and show what every token predicts")
-    flag("--out", type=Path, help="folder for all output; if not given out/TASK-SIZE")
-    flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
-    flag("--checkpoint", metavar="FILE", help="train nothing, evaluate this checkpoint; its "
-         "results replace those of the same model in the output folder")
-    return parser
-
-
-def prepare(args, parser, tasks, make_jobs):
-    """Complete and check the flags before any work is done. Returns the task, and for every model
-    to train its job: the flags, and the system, window and seed of this model."""
-    if args.checkpoint:                                  # the model's settings are its checkpoint's
-        saved = load(args.checkpoint)
-        systems = next(a.choices for a in parser._actions if a.dest == "systems")
-        vars(args).update(saved["settings"])
-        if args.system not in systems:
-            raise RunError(f"--checkpoint: {args.checkpoint} holds {args.system}; this script "
-                           f"evaluates {', '.join(systems)}")
-    if args.size not in (None, *tasks[args.task].sizes):
-        raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}, not "
-                       f"{args.size}")
-    args.size = args.size or tasks[args.task].default_size
-    options = {name: getattr(args, name) for name in ("givens", "prompt") if getattr(args, name)}
-    for name in options:
-        if name not in getattr(tasks[args.task], "options", ()):
-            raise RunError(f"--{name}: {args.task} has no such option")
-    try:
-        task = tasks[args.task](args.size, **options)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    if args.width % args.heads:
-        raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
-    args.device = choose_device(args.device)
-    most = task.seq_len - task.prompt_len - 1
-    args.latents = args.latents or [0, *(2**i for i in range((most + 1).bit_length() - 1)), most]
-    args.latents = sorted({most if k == "all" else k for k in args.latents})
-    if args.latents[-1] > most:
-        raise RunError(f"--latents: 0 to {most}, or all, not {args.latents[-1]}")
-    jobs = [{}] if args.checkpoint else make_jobs(task, args)
-    args.out = args.out or Path("out") / f"{args.task}-{args.size}"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise PermissionError(None, "no permission")
-    except OSError as error:
-        raise RunError(f"--out: cannot write to {args.out}: {error.strerror}") from None
-    for record in read_results(args.out):
-        for name in OF_THE_FOLDER:
-            if record.get(name) != getattr(args, name):
-                raise RunError(f"--out: {args.out} has results with {name} {record.get(name)}, not "
-                               f"{getattr(args, name)}; choose another folder")
-    jobs = [argparse.Namespace(**{**vars(args), **job})
-            for i, job in enumerate(jobs) if job not in jobs[:i]]               # named twice
-    there = [job_name(job) for job in jobs if (args.out / f"{job_name(job)}.pt").exists()]
-    if there and not args.resume and not args.checkpoint:
-        raise RunError(f"--out: {args.out} has checkpoints of {', '.join(there)}; go on from them "
-                       f"with --resume, or choose another folder")
-    return task, jobs
-
-
-def start_worker(stop, lock, bars, threads):
-    """Make a new process one of several: they share Ctrl-C, the terminal and the cores, and when
-    the parent dies, they end: an orphan would write checkpoints beside a resumed run."""
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    global STOP, BAR
-    threading.Thread(target=follow_parent, daemon=True).start()
-    STOP, BAR = stop, bars.get()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # for Windows, where it is not inherited
-    tqdm.set_lock(lock)
-    torch.set_num_threads(threads)
-
-
-def run(args, task, jobs, experiment):
-    """Run experiment(task, job) for every job and add its records to results.json: some jobs side
-    by side, each in a process of its own; under torchrun one by one, all processes together (they
-    share the training; each evaluates by itself, and what the first one finds counts)."""
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group()
-        for job in jobs:
-            records = experiment(task, job)
-            if DDP_RANK == 0:
-                add_results(args.out, records)
-        torch.distributed.destroy_process_group()
-        return
-    width = min(len(jobs), args.jobs or side_by_side(args.device))
-    bars = CONTEXT.SimpleQueue()
-    for line in range(width):
-        bars.put(line)
-    worker = (STOP, CONTEXT.RLock(), bars, max(1, torch.get_num_threads() // width))
-    pool = concurrent.futures.ProcessPoolExecutor(width, CONTEXT, start_worker, worker)
-    try:
-        # Workers inherit this (not on Windows): their parent alone hears Ctrl-C, and sets STOP.
-        hear = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        futures = [pool.submit(experiment, task, job) for job in jobs]
-        signal.signal(signal.SIGINT, hear)
-        for future in concurrent.futures.as_completed(futures):
-            add_results(args.out, future.result())
-    except BaseException:                                  # the other trainings save and end, too
-        STOP.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def add_results(folder, records):
-    """Merge records into the folder's results.json, in place of those with the same names."""
-    names = ("system", "window", "order", "candidates", "greedy", "n_latent", "seed")
-    results = {tuple(str(r.get(name)) for name in names): r
-               for r in [*read_results(folder), *records]}
-    text = json.dumps([results[key] for key in sorted(results)], indent=1)
-    write(folder / "results.json", lambda file: file.write_text(text))
-
-
-def main(parser, tasks, make_jobs, experiment):
-    """The main function of both scripts."""
-    args, status = parser.parse_args(), 0
-    try:
-        task, jobs = prepare(args, parser, tasks, make_jobs)
-        run(args, task, jobs, experiment)
-    except KeyboardInterrupt:
-        status = 130
-    except RunError as error:
-        parser.error(str(error))
-    except concurrent.futures.BrokenExecutor:
-        parser.error("a process was killed, perhaps for want of memory; --resume goes on, and "
-                     "a smaller --jobs trains fewer at once")
-    except torch._dynamo.exc.TorchDynamoException as error:
-        parser.error(f"--compile: {str(error).splitlines()[0]}")
-    if DDP_RANK == 0 and args.out:
-        results = read_results(args.out)
-        print(table(results))
-        if results:
-            draw(results, args.out / "latents.png")
-    parser.exit(status, "Interrupted; --resume goes on from here.\n" if status else None)
-
-
-def new_model(task, args):
-    """A fresh model for the task, on its device."""
-    config = Config(task.vocab_size, task.seq_len, args.layers, args.heads, args.width)
-    model = Transformer(config, torch.Generator().manual_seed(args.seed))
-    return model.to(args.device)
-
-
-def puzzles(task, args, n, rng, split):
-    """n puzzles of a split, on the device, at most 128 at a time."""
-    for i in range(0, n, 128):
-        if split == "test" and STOP.is_set():              # a training saves before it ends
-            raise KeyboardInterrupt
-        yield torch.from_numpy(task.batch(min(128, n - i), rng, split)).to(args.device)
+# 7. evaluation --------------------------------------------------------------------------------
 
 
 def solve(task, args, n, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
     Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
     rng = np.random.default_rng((args.seed, 2**32))        # steps use (seed, step < 2**32)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    batches, seconds = [], 0.0
-    for tokens in puzzles(task, args, n, rng, split):
-        started = time.time()
-        filled, forward_tokens = decode(tokens, generator=generator)
-        batches.append(filled.cpu().numpy())
-        seconds += time.time() - started
-    filled = np.concatenate(batches)
-    return filled, task.correct(filled), forward_tokens, seconds
+    tokens = torch.from_numpy(task.batch(n, rng, split)).to(args.device)
+    generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
+    parts = [decode(part, generator=generator) for part in tokens.split(capacity(args.device)[1])]
+    filled = torch.cat([part for part, _ in parts]).cpu().numpy()
+    return filled, task.correct(filled), parts[0][1], time.time() - started
 
 
-def held_out_mean(task, args, measure):
-    """The mean of measure(tokens, rng), a number or a tensor, over --samples held-out puzzles."""
+def evaluate(task, args, model, state, decode, order=None, candidates=None):
+    """For each number of latent tokens decode --samples test puzzles and measure nats; the records
+    go into args.path with the ending .json. Two controls: of the valid boards generated, the share
+    `unseen` in training; and the share of answers right by `chance`, for another prompt."""
+    if args.watch:
+        return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))
-    batches = puzzles(task, args, args.samples, rng, "test")
-    return sum(measure(tokens, rng) * len(tokens) for tokens in batches) / args.samples
-
-
-def evaluate(task, args, model, n_latent, decode, nats, training, order=None, candidates=None):
-    """Decode --samples test puzzles; returns one record for results.json. Two controls: of the
-    valid boards generated, which share was `unseen` in training; and which share of the answers
-    is right by `chance`, for the prompt of another puzzle."""
-    filled, right, forward_tokens, seconds = solve(task, args, args.samples, "test", decode)
-    accuracy = right.mean().item()
-    if args.watch and DDP_RANK == 0:
-        tqdm.write(watch(task, args, f"{job_name(args)}, latent tokens: {n_latent}", decode))
-    unseen = chance = None
-    if task.prompt_len:
-        prompt, answer = np.split(filled, [task.prompt_len], axis=1)
-        other = np.concatenate([np.roll(prompt, 1, axis=0), answer], axis=1)
-        chance = task.correct(other).mean().item()
-    elif right.any():              # near 10 %: it learnt the rules; near 0: it recites training
-        unseen = task.held_out(filled[right]).mean().item()
-    return {**settings(args), **training, "n_latent": n_latent, "order": order,
-            "candidates": candidates, "greedy": args.greedy, "samples": args.samples,
-            "accuracy": accuracy,
-            "stderr": math.sqrt(accuracy * (1 - accuracy) / args.samples), "unseen": unseen,
-            "chance": chance, "nats": nats, "nats_floor": task.floor_nats,
+    tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
+    measured = sum(nats(model, SYSTEMS[args.system], part, task.prompt_len, args.latents, rng)
+                   * len(part) / args.samples for part in tokens.split(capacity(args.device)[1]))
+    path = args.path.with_suffix(".json")
+    records = json.loads(path.read_text())["records"] if path.exists() else {}
+    for k, nats_of_k in zip(args.latents, measured.tolist()):
+        filled, right, forward_tokens, seconds = solve(task, args, args.samples, "test",
+                                                       partial(decode, n_latent=k))
+        unseen = chance = None
+        if task.prompt_len:
+            filled[:, :task.prompt_len] = np.roll(filled[:, :task.prompt_len], 1, axis=0)
+            chance = task.correct(filled).mean().item()
+        elif right.any():          # near 10 %: it learnt the rules; near 0: it recites training
+            unseen = task.held_out(filled[right]).mean().item()
+        what = {"step": state["step"], "n_latent": k, "order": order, "candidates": candidates,
+                "temperature": args.temperature, "samples": args.samples}
+        records[json.dumps(what)] = {                # another measurement never replaces this one
+            **{name: getattr(args, name) for name in SETTINGS}, **what,
+            "accuracy": right.mean().item(), "nats": None if math.isnan(nats_of_k) else nats_of_k,
+            "nats_floor": task.floor_nats, "unseen": unseen, "chance": chance,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
-            "params": sum(w.numel() for w in model.parameters()),
-            "device": args.device, "torch": torch.__version__}
+            "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
+        content = {"history": state["history"], "records": records}
+        write(path, json.dumps(content, indent=1).encode())
 
 
-def watch(task, args, title, decode):
-    """Solve one test puzzle, and show as text what every token in every pass predicts."""
-    terminal, frames = sys.stdout.isatty(), []
+def watch(task, args, decode):
+    """Solve one test puzzle with the least and with the most latent tokens, and show every pass."""
+    print("[x] is decoded, x 83% a candidate, as sure as that, x~83% latent, . not in this pass")
+    for k in sorted({args.latents[0], args.latents[-1]}):
+        def on_step(tokens, positions, logits, c, decoded):
+            shown, form = tokens[0].tolist(), {}
+            for i, (place, p) in enumerate(zip(positions[0].tolist(), logits[0].softmax(-1))):
+                form[place] = " {} " if i < c else " {}~"
+                if place == decoded[0, 0]:
+                    form[place] = "[{}]"
+                else:
+                    shown[place] = p.argmax().item()
+                form[place] += f"{100 * p[shown[place]]:3.0f}%"
 
-    def on_step(tokens, positions, logits, place):
-        shown, sure = tokens[0].tolist(), {}
-        for position, probabilities in zip(positions[0].tolist(), logits[0].softmax(-1)):
-            if tokens[0, position] >= task.vocab_size:                          # still a mask
-                shown[position] = probabilities.argmax().item()
-                sure[position] = probabilities.amax().item()
+            board = task.show(shown, lambda place, text: form.get(place, " {}     ").format(text))
+            print(f"\n{args.path.stem}, {k} latent tokens\n{board}")
+            time.sleep(0.3 * sys.stdout.isatty())
 
-        def mark(position, text):
-            style, cell = 1, f" {text}     "                                    # known: bold
-            if position == place:
-                style, cell = 7, f"[{text}]    "                                # reversed
-            elif position in sure:
-                style, cell = 2, f" {text} {100 * sure[position]:3.0f}%"          # faint
-            elif shown[position] >= task.vocab_size:
-                style, cell = 0, " " * len(cell)
-            return f"\033[{style}m{cell}\033[0m" if terminal else cell
-
-        frames.append(f"step {len(frames) + 1}: {len(sure)} predicted but not decoded\n"
-                      + task.show(shown, mark))
-
-    right = solve(task, args, 1, "test", partial(decode, on_step=on_step))[1]
-    verdict = "right" if right[0] else "wrong"
-    legend = ("[x] is decoded in this step; x 83% is predicted, as sure as that, and not decoded; "
-              "what is blank is not in this pass")
-    return "\n\n".join([f"{title}\n{legend}", *frames, f"The answer is {verdict}."])
+        right = solve(task, args, 1, "test", partial(decode, n_latent=k, on_step=on_step))[1]
+        print(f"The answer is {'right' if right[0] else 'wrong'}.")
 
 
-def read_results(folder):
-    """The records of results.json in a folder, [] if there is none."""
+# 8. around it, shared by both scripts ----------------------------------------------------------
+
+def at_least(least, kind=int, words=()):
+    """An argparse type: a finite number, not below `least`, or one of some words."""
+    def number(text):
+        if text not in words and not least <= kind(text) < math.inf:
+            raise ValueError
+        return text if text in words else kind(text)
+    number.__name__ = " or ".join([f"number >= {least}", *words])
+    return number
+
+
+def common_flags(description, tasks, order, default_systems):
+    """The flags that both scripts have, [defaults] in brackets; each script adds its own."""
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
+    systems = [name for name, system in SYSTEMS.items() if system.order == order]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there += ["cpu"]
+    flag("--task", default="sudoku", choices=tasks, help="the puzzle [%(default)s]")
+    flag("--size", help=f"its size and [default]: {sizes}")
+    flag("--systems", nargs="+", default=default_systems, choices=systems, help="[%(default)s]")
+    flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K", help="numbers of "
+         "latent tokens to sweep [0, powers of two, all]; some systems have only one number")
+    flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each [0]")
+    for name, kind, default, text in [
+            ("steps", at_least(1), 4600, "training steps"),
+            ("batch-size", at_least(1), 64, "puzzles in a step"),
+            ("lr", at_least(0, float), 5e-3, "highest learning rate"),
+            ("layers", at_least(1), 3, "transformer blocks"),
+            ("heads", at_least(1), 4, "attention heads in a block"),
+            ("width", at_least(1), 64, "width of the residual stream"),
+            ("samples", at_least(1), 1024, "test puzzles in each evaluation"),
+            ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
+            ("jobs", at_least(1), capacity(there[0])[0], "models to train side by side")]:
+        flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
+    flag("--device", default=there[0], choices=there, help="[%(default)s]")
+    flag("--compile", action="store_true", help="train with torch.compile")
+    flag("--out", type=Path, help="folder for all output [out/TASK-SIZE]")
+    flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
+    flag("--checkpoint", type=Path, help="train nothing, evaluate this checkpoint")
+    flag("--watch", action="store_true", help="instead of evaluating solve a puzzle step by step")
+    return parser
+
+
+def sweep(args, most):
+    """The numbers of latent tokens to decode with: those of --latents, or 0, powers of two, all."""
+    chosen = args.latents or [0, *(2**i for i in range((most // 2).bit_length())), most]
+    if max(most if k == "all" else k for k in chosen) > most:
+        raise RunError(f"--latents: whole numbers from 0 to {most}, or all")
+    return sorted({most if k == "all" else k for k in chosen})
+
+
+def prepare(args, tasks, make_jobs):
+    """Complete and check the flags before any work is done. Returns the task, and for every model
+    its job: the flags, its system, window, seed and latents, and the path of its checkpoint."""
+    if args.checkpoint:                                  # the model's settings are its checkpoint's
+        vars(args).update(load(args.checkpoint)["settings"])
+        if SYSTEMS[args.system].order != SYSTEMS[args.systems[0]].order:
+            raise RunError(f"--checkpoint: {args.system} is a system of the other script")
+        args.systems, args.windows, args.seeds = [args.system], [args.window], [args.seed]
+    args.size = args.size or tasks[args.task].default_size
+    if args.size not in tasks[args.task].sizes:
+        raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}")
+    if args.width % args.heads:
+        raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
+    task, jobs = tasks[args.task](args.size), {}
+    args.out = args.out or Path("out") / f"{args.task}-{args.size}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    for job in make_jobs(task, args):
+        name = "-".join(str(x) for x in (job["system"], job["window"], f"s{job['seed']}") if x)
+        path = args.out / f"{name}.pt"
+        if path.exists() and not args.resume and not args.checkpoint:
+            raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
+        jobs[name] = argparse.Namespace(**{**vars(args), **job}, path=path,
+                                         bar=len(jobs) % args.jobs)
+    return task, list(jobs.values())
+
+
+def work(i, width, lock, failures, task, jobs, experiment):
+    """Process i of `width` runs experiment(task, job) for every width-th job."""
+    tqdm.set_lock(lock)
+    torch.set_num_threads(max(1, torch.get_num_threads() // width))
+    for job in jobs[i::width]:
+        try:
+            experiment(task, job)
+        except (RunError, OSError) as error:                                 # the others go on
+            failures.put(str(error))
+
+
+def main(parser, tasks, make_jobs, experiment):
+    """The main function of both scripts: run all jobs, some of them side by side."""
+    args, errors = parser.parse_args(), []
+    sys.stdout.reconfigure(errors="replace")
     try:
-        return [dict(record) for record in json.loads((folder / "results.json").read_text())]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError):
-        raise RunError(f"--out: {folder}/results.json is not a list of results") from None
+        task, jobs = prepare(args, tasks, make_jobs)
+        context, width = torch.multiprocessing.get_context("spawn"), min(len(jobs), args.jobs)
+        failures = context.SimpleQueue()
+        shared = (width, context.RLock(), failures, task, jobs, experiment)
+        if width == 1:
+            work(0, *shared)
+        else:
+            torch.multiprocessing.spawn(work, shared, width, daemon=True)
+        while not failures.empty():
+            errors.append(failures.get())
+        if rows := summary(args):
+            draw(rows, args.out / "latents.png")
+            lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
+            print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
+    except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
+        errors.append(str(error))
+    if errors:
+        parser.error("; ".join(errors))
 
 
-def summary(results):
-    """One row for each system and number of latent tokens: the means over seeds, and the standard
-    error of the accuracy (over seeds if there are several, else that of the sample)."""
-    groups = {}
-    for r in results:
-        system = {"mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "mtp-cuts": "AR+MTP causal cuts",
-                  "control": "control",
-                  "scdm-causal": "SCDM causal"}.get(r["system"], r["system"].upper())
-        order = f"top-prob of {r.get('candidates')}" if r["order"] == "top-prob" else r["order"]
-        name = " ".join(str(x) for x in (system, r["window"], order) if x) + " greedy" * r["greedy"]
-        groups.setdefault((name, r["n_latent"]), []).append(r)
-    rows = []
-    means = ("accuracy", "stderr", "nats", "nats_floor", "forward_tokens", "ms_per_puzzle",
-             "train_minutes", "unseen", "chance")                      # NaN where one is unknown
-    for (name, n_latent), records in sorted(groups.items()):
-        row = {key: np.array([r.get(key) for r in records], float).mean() for key in means}
-        if len(records) > 1:
-            row["stderr"] = np.std([r["accuracy"] for r in records], ddof=1) / len(records) ** 0.5
-        rows.append({**records[0], **row, "name": name, "seeds": len(records)})
+MEANS = "accuracy nats nats_floor unseen chance forward_tokens ms_per_puzzle train_minutes".split()
+ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{excess:>8.2f}"
+       "{forward_tokens:>16.0f}{ms_per_puzzle:>11.2f}{step:>8}{train_minutes:>9.1f}{seeds:>7}"
+       "{unseen:>8.0%}{chance:>8.1%}")
+HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
+        "  ms/puzzle    step  minutes  seeds  unseen  chance")
+FOOT = ("excess: nats above the lowest possible; forward tokens: the cost of a puzzle; unseen: the\n"
+        "valid boards that were held out from training; chance: what is right for another prompt")
+
+
+def summary(args):
+    """One row for each system, way of decoding and number of latent tokens, from all files in the
+    output folder with this run's settings: means over seeds, and the error of the accuracy (the
+    standard error over seeds if there are several, else the sample's)."""
+    groups, rows = {}, []
+    files = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+    for r in (r for content in files for r in content["records"].values()):
+        window = {None: "", "random": " random window"}.get(r["window"], f" window {r['window']}")
+        order = f" {r['order']} of {r['candidates']}" if r["order"] else ""
+        greedy = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
+        name = SYSTEMS[r["system"]].title + window + order + greedy
+        if all(r[setting] == getattr(args, setting) for setting in SETTINGS[3:]):
+            groups.setdefault((name, r["step"], r["samples"], r["n_latent"]), []).append(r)
+    for (name, _, samples, _), group in sorted(groups.items()):
+        row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS}
+        p, n, excess = row["accuracy"], len(group), row["nats"] - row["nats_floor"]
+        over_seeds = np.array([r["accuracy"] for r in group])
+        squared = p * (1 - p) / samples if n == 1 else over_seeds.var(ddof=1) / n
+        rows.append({**group[0], **row, "name": name, "seeds": n, "error": squared**0.5,
+                     "excess": excess})
     return rows
 
 
-def table(results):
-    """The summary as text. Excess nats are those above the floor, where it is known."""
-    lines = ["system                           latents   accuracy %     nats   excess"
-             "   forward tokens   ms/puzzle   minutes   seeds   unseen %   chance %"]
-    for r in summary(results):
-        lines.append(f"{r['name']:<33}{r['n_latent']:>7}{100 * r['accuracy']:>8.1f} "
-                     f"±{100 * r['stderr']:>3.1f}{r['nats']:>9.2f}"
-                     f"{r['nats'] - r['nats_floor']:>9.2f}{r['forward_tokens']:>17.0f}"
-                     f"{r['ms_per_puzzle']:>12.2f}{r['train_minutes']:>10.1f}{r['seeds']:>8}"
-                     f"{100 * r['unseen']:>11.1f}{100 * r['chance']:>11.1f}")
-    return "\n".join(lines).replace("nan", "  -")
-
-
-def draw(results, path):
-    """The figure: accuracy and excess nats over latent tokens, accuracy over forward tokens.
-    Uniform order and greedy are left out, unless there is nothing else."""
+def draw(rows, path):
+    """The figure: accuracy and nats over latent tokens, accuracy over cost. Uniform order and other
+    temperatures are left out, unless there is nothing else."""
     try:
-        import matplotlib
-    except ImportError:
-        print("For a figure: pip install matplotlib, then the same command with --resume.")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    shown = [r for r in results if r["order"] != "uniform" and not r["greedy"]] or results
-    curves, ticks = {}, sorted({r["n_latent"] for r in shown})
-    for row in summary(shown):
-        curves.setdefault(row["name"], []).append(row)
-    for name, rows in curves.items():
-        marker = dict(marker="o") if len(rows) > 1 else dict(marker="*", markersize=12)
-        style = dict(label=name, capsize=3, **marker)
-        x, accuracy, error = ([r[key] for r in rows] for key in ("n_latent", "accuracy", "stderr"))
-        panels[0].errorbar(x, accuracy, error, **style)
-        excess = [row["nats"] - np.nan_to_num(row["nats_floor"]) for row in rows]
-        panels[1].errorbar(x, excess, **style)
-        panels[2].errorbar([row["forward_tokens"] for row in rows], accuracy, error, **style)
-    for panel in panels[:2]:
-        panel.set_xscale("symlog", linthresh=1)
-        panel.set_xticks(ticks, ticks)
-        panel.set_xticks([], minor=True)
-        panel.set_xlabel("latent tokens")
-    panels[0].set(ylabel="accuracy", ylim=(0, 1))
-    panels[1].set(ylabel="nats for an answer, above the floor if it is known", ylim=(0, None))
-    panels[2].set(xlabel="forward tokens for a puzzle", ylabel="accuracy", ylim=(0, 1))
-    panels[0].legend(frameon=False, fontsize="small")
+        from matplotlib.figure import Figure
+    except Exception as error:
+        return print(f"No figure ({error}); pip install matplotlib, then the same with --resume")
+    rows = [r for r in rows if r["order"] != "uniform" and r["temperature"] == 1] or rows
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, x, y in zip(panels, ("n_latent", "n_latent", "forward_tokens"),
+                           ("accuracy", "nats", "accuracy")):
+        for name in dict.fromkeys(r["name"] for r in rows):
+            curve = [r for r in rows if r["name"] == name]
+            panel.errorbar([r[x] for r in curve], [r[y] for r in curve],
+                           [r["error"] for r in curve] if y == "accuracy" else None, capsize=3,
+                           fmt="o-" if len(curve) > 1 else "*", label=name,
+                           color=SYSTEMS[curve[0]["system"]].color)
+        panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "), ylabel=y)
+        if x == "n_latent":
+            panel.set_xscale("symlog", linthresh=1)
+            panel.set_xticks(sorted({r[x] for r in rows}))
+            panel.xaxis.set_major_formatter("{x:.0f}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
     print(f"The figure is {path}")
 
 
 if __name__ == "__main__":
-    print("Who sees whom: a row is a query, a column a key. Rank 0 is clean, 1, 2, ... is masked;\n"
-          "with causal context known tokens have ranks, too, in the order of becoming known; from\n"
-          "left to right these are even, and a window's is odd, 1 above the last one that it sees.")
-    for title, system, rank in (("AR", "ar", [2, 4, 6, 8]),
-                                ("AR+MTP, window 3 of 4", "mtp", [0, 0, 1, 2, 3, -1]),
-                                ("AR+MTP, causal prefix", "mtp-causal", [2, 4, 5, 5, 5, -1]),
-                                ("AR+MTP, two cuts", "mtp-cuts", [2, 4, 6, 8, 3, 3, 7, -1]),
-                                ("MDM", "mdm", [0, 3, 0, 1, 2, 4]),
-                                ("SIDM", "sidm", [0, 3, 0, 1, 2, 4]),
-                                ("SCDM", "scdm", [0, 3, 0, 1, 2, 4]),
-                                ("SCDM, causal context", "scdm-causal", [2, 5, 1, 3, 4, 6])):
-        print(f"\n{title:<24}rank " + " ".join("-" if r < 0 else str(r) for r in rank))
-        for r, row in zip(rank, visibility(torch.tensor([rank]), KIND[system])[0]):
-            if r >= 0:                                              # -1, shown as -, is absent
-                print(f"{r:>28} " + " ".join("x" if seen else "." for seen in row))
+    print("Who sees whom: rows are queries, columns keys, named by their turn, [masked];"
+          "\nin AR, where nothing is masked, every slot reads the token before it.")
+    for system in SYSTEMS.values():
+        example = torch.zeros(1, 6, dtype=torch.long), 0, 1, 2, 3 if system.order == "left" else 6
+        _, turn, masked = hide(system, *example, np.random.default_rng(0))
+        heads = [f"[{t}]" if m else f" {t} " for t, m in zip(turn[0].tolist(), masked[0]) if t >= 0]
+        print(f"\n{system.title:<16}{''.join(heads)}")
+        for head, row in zip(heads, visibility(system, turn, masked)[0]):
+            print(f"{head:>16} " + "  ".join("x" if seen else "." for seen in row[:len(heads)]))

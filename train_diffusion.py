@@ -15,48 +15,40 @@ from data import TASKS
 
 def flags():
     """The flags of both scripts, and the order of decoding."""
-    systems = ["mdm", "sidm", "scdm"]
-    parser = latent.common_flags(__doc__, TASKS, [*systems, "scdm-causal"], systems)
-    parser.add_argument("--order", default="top-prob", choices=["top-prob", "uniform"],
-                        help="decode the most certain of some candidates [top-prob], or a random "
-                        "position")
+    parser = latent.common_flags(__doc__, TASKS, "random", ["mdm", "sidm", "scdm"])
+    parser.add_argument("--order", default="top-prob", choices=latent.POLICIES,
+                        help="which candidate is decoded next [%(default)s]")
     parser.add_argument("--candidates", type=latent.at_least(1),
-                        help="random positions to choose from in top-prob order; if not given 8 "
-                        "or a quarter of the answer, whichever is less, so that many can be latent")
+                        help="random masked positions to choose from [8, or a quarter of the "
+                        "answer if that is less; 1 in uniform order]")
     return parser
 
 
 def jobs(task, args):
     """The models to train: every system with every seed."""
-    return [{"system": system, "window": None, "seed": seed}
-            for seed in args.seeds for system in args.systems]
+    answer = task.seq_len - task.prompt_len
+    default = 1 if args.order == "uniform" else max(1, min(8, answer // 4))
+    args.candidates = min(args.candidates or default, answer)
+    for seed in args.seeds:
+        for system in args.systems:
+            one = {"joint": [answer - 1], "independent": [0]}.get(latent.SYSTEMS[system].sees)
+            yield {"system": system, "window": None, "seed": seed,
+                   "latents": one or latent.sweep(args, answer - args.candidates)}
 
 
 def experiment(task, args):
-    """Train one system with one seed, then evaluate it with every number of latent tokens."""
-    kind, most = latent.KIND[args.system], task.seq_len - task.prompt_len - 1
-    causal = args.system in latent.CACHEABLE
-    sweep = {"mdm": [most], "sidm": [0]}.get(args.system, args.latents)
-    candidates = args.candidates or max(1, min(8, (most + 1) // 4))
-    if args.order == "uniform":
-        candidates = 1
-    model = latent.new_model(task, args)
+    """Train one model, then decode with every number of latent tokens."""
+    system = latent.SYSTEMS[args.system]
+    model = latent.Transformer(task.vocab_size, task.seq_len, args.layers, args.heads, args.width,
+                               args.seed).to(args.device)
 
     def objective(tokens, rng):
-        return latent.diffusion(tokens, task.prompt_len, model.mask, rng, causal)
+        return latent.objective(system, tokens, task.prompt_len, model.mask, task.seq_len, rng)
 
-    def decode(tokens, n_latent, generator, on_step=None):
-        return latent.decode_any_order(model, tokens, task.prompt_len, kind, n_latent, candidates,
-                                       args.greedy, generator, causal, on_step)
-
-    def table_of(tokens, rng):
-        return latent.diffusion_table(model, tokens, task.prompt_len, kind, rng, causal)
-
-    training = latent.train(task, args, model, objective, partial(decode, n_latent=sweep[-1]))
-    table = latent.held_out_mean(task, args, table_of)
-    return [latent.evaluate(task, args, model, k, partial(decode, n_latent=k),
-                            latent.diffusion_nats(table, kind, k), training, args.order, candidates)
-            for k in sweep]
+    decode = partial(latent.decode, model, system, prompt_len=task.prompt_len, policy=args.order,
+                     candidates=args.candidates, temperature=args.temperature)
+    state = latent.train(task, args, model, objective, partial(decode, n_latent=args.latents[-1]))
+    latent.evaluate(task, args, model, state, decode, args.order, args.candidates)
 
 
 if __name__ == "__main__":

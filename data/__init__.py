@@ -3,8 +3,8 @@
 A task has: name, sizes, default_size, vocab_size, seq_len, prompt_len (0: no prompt), floor_nats
 (entropy of the answer given the prompt, None where unknown), batch(n, rng, split) -> int64
 (n, seq_len), the prompt first, correct(tokens) -> bool (n,), show(tokens, mark) -> str. Without a
-prompt it also has held_out(tokens) -> bool (n,); a task that takes --givens or --prompt names them
-in options. in_test of split.py tells which puzzles are held out.
+prompt it also has held_out(tokens) -> bool (n,). in_test of split.py tells which puzzles are held
+out.
 """
 from data.countdown import Countdown
 from data.sudoku import Sudoku, SudokuPuzzle
