@@ -78,8 +78,7 @@ def visibility(system, turn, masked):
     clean_query, clean_key = ~masked[:, :, None], ~masked[:, None, :]
     visible = torch.where(clean_query, torch.where(clean_key, clean_sees_clean, clean_sees_masked),
                           torch.where(clean_key, masked_sees_clean, masked_sees_masked))
-    itself = torch.eye(turn.shape[1], dtype=torch.bool, device=turn.device)
-    return visible | itself
+    return visible | torch.eye(turn.shape[1], dtype=torch.bool, device=turn.device)     # and itself
 
 
 # 2. the transformer ---------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
 
 # 6. training ----------------------------------------------------------------------------------
 
-# What makes a model what it is; the first three are its name in an output folder.
+# What makes a model what it is. The first three name its files.
 SETTINGS = "system window seed task size batch_size lr layers heads width".split()
 
 
@@ -479,8 +478,8 @@ def common_flags(description, tasks, order, default_systems):
     flag = parser.add_argument
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there += ["cpu"]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [*filter(there.get, there), "cpu"]
     flag("--task", default="sudoku", choices=tasks, help="the puzzle [%(default)s]")
     flag("--size", help=f"its size and [default]: {sizes}")
     flag("--systems", nargs="+", default=default_systems, choices=systems, help="[%(default)s]")
@@ -536,8 +535,7 @@ def prepare(args, tasks, make_jobs):
         path = args.out / f"{name}.pt"
         if path.exists() and not args.resume and not args.checkpoint:
             raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
-        jobs[name] = argparse.Namespace(**{**vars(args), **job}, path=path,
-                                         bar=len(jobs) % args.jobs)
+        jobs[name] = argparse.Namespace(**vars(args) | job, path=path, bar=len(jobs) % args.jobs)
     return task, list(jobs.values())
 
 
@@ -579,13 +577,13 @@ def main(parser, tasks, make_jobs, experiment):
         parser.error("; ".join(errors))
 
 
-MEANS = "accuracy nats nats_floor unseen chance forward_tokens ms_per_puzzle train_minutes".split()
+MEANS = "accuracy nats nats_floor unseen chance forward_tokens ms_per_puzzle train_minutes"
 ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{excess:>8.2f}"
        "{forward_tokens:>16.0f}{ms_per_puzzle:>11.2f}{step:>8}{train_minutes:>9.1f}{seeds:>7}"
        "{unseen:>8.0%}{chance:>8.1%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen  chance")
-FOOT = ("excess: nats above the lowest possible; forward tokens: the cost of a puzzle; unseen: the\n"
+FOOT = ("excess: nats above the lowest possible; forward tokens: the cost of a puzzle; unseen:\n"
         "valid boards that were held out from training; chance: what is right for another prompt")
 
 
@@ -603,12 +601,12 @@ def summary(args):
         if all(r[setting] == getattr(args, setting) for setting in SETTINGS[3:]):
             groups.setdefault((name, r["step"], r["samples"], r["n_latent"]), []).append(r)
     for (name, _, samples, _), group in sorted(groups.items()):
-        row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS}
+        row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS.split()}
         p, n, excess = row["accuracy"], len(group), row["nats"] - row["nats_floor"]
-        over_seeds = np.array([r["accuracy"] for r in group])
-        squared = p * (1 - p) / samples if n == 1 else over_seeds.var(ddof=1) / n
-        rows.append({**group[0], **row, "name": name, "seeds": n, "error": squared**0.5,
-                     "excess": excess})
+        error = (p * (1 - p) / samples) ** 0.5
+        if n > 1:
+            error = np.std([r["accuracy"] for r in group], ddof=1) / n**0.5
+        rows.append({**group[0], **row, "name": name, "seeds": n, "error": error, "excess": excess})
     return rows
 
 
