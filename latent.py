@@ -296,8 +296,8 @@ class RunError(Exception):
 
 def capacity(device):
     """How many models to train side by side, and how many puzzles to decode at once. Three small
-    models keep two cores busier than two cores one model."""
-    return (3 * torch.get_num_threads() // 2, 128) if device == "cpu" else (1, 1024)
+    models keep two cores busier than one does, and a GPU, which waits for most of its kernels."""
+    return (3 * torch.get_num_threads() // 2, 128) if device == "cpu" else (3, 1024)
 
 
 def optimizers(model, lr):

@@ -7,7 +7,8 @@ prompt it also has held_out(tokens) -> bool (n,). in_test of split.py tells whic
 out.
 """
 from data.countdown import Countdown
+from data.latin import Latin
 from data.sudoku import Sudoku, SudokuPuzzle
 from data.zebra import Zebra
 
-TASKS = {task.name: task for task in (Sudoku, SudokuPuzzle, Countdown, Zebra)}
+TASKS = {task.name: task for task in (Sudoku, SudokuPuzzle, Latin, Countdown, Zebra)}
