@@ -444,16 +444,15 @@ def watch(task, args, decode):
         def on_step(tokens, positions, logits, c, decoded):
             shown, form = tokens[0].tolist(), {}
             for i, (place, p) in enumerate(zip(positions[0].tolist(), logits[0].softmax(-1))):
-                form[place] = " {} " if i < c else " {}~"
-                if place == decoded[0, 0]:
-                    form[place] = "[{}]"
-                else:
-                    shown[place] = p.argmax().item()
-                form[place] += f"{100 * p[shown[place]]:3.0f}%"
+                style = "[{}]"
+                if place != decoded[0, 0]:
+                    style, shown[place] = " {} " if i < c else " {}~", p.argmax().item()
+                form[place] = f"{style}{100 * p[shown[place]]:3.0f}%"
 
             board = task.show(shown, lambda place, text: form.get(place, " {}     ").format(text))
-            print(f"\n{args.path.stem}, {k} latent tokens\n{board}")
-            time.sleep(0.3 * sys.stdout.isatty())
+            in_place = "\033[H\033[J" * sys.stdout.isatty()
+            print(f"{in_place}\n{args.path.stem}, {k} latent tokens\n{board}", flush=True)
+            time.sleep(0.3 if in_place else 0)
 
         right = solve(task, args, 1, "test", partial(decode, n_latent=k, on_step=on_step))[1]
         print(f"The answer is {'right' if right[0] else 'wrong'}.")
