@@ -33,8 +33,8 @@ from tqdm import tqdm
 # of the other masked ones: all of them, none, or those before it in the order?
 #
 # A token's *turn*, 0, 1, 2, ..., is its place in the order: first the prompt, position by position,
-# then the answer. At a *cut* all tokens of an earlier turn are known (clean), the next ones are
-# masked, and those beyond the window, if there is one, are absent: their turn is -1.
+# then the answer. At a *cut* all tokens of an earlier turn are known (the paper: clean), the next
+# ones are masked, and those beyond the window, if there is one, are absent: their turn is -1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class System:
     title: str                 # its name in tables and figures
     color: str
     order: str                 # "left" or "random"
-    sees: str                  # "joint", "independent" or "semicausal": see visibility
-    causal: bool = False       # a clean token sees only earlier ones, so decoding can cache it
-    shifted: bool = False      # nothing is masked: slot i reads token i - 1 and predicts token i
+    sees: str                  # what a masked token sees of the other masked ones
+    causal: bool = False       # a known token sees only earlier ones, so decoding can cache it
+    shifted: bool = False      # from the left, nothing masked: slot i reads token i - 1, predicts i
     next_only: bool = False    # the loss counts the next token alone: a control
 
 
@@ -68,16 +68,16 @@ def visibility(system, turn, masked):
     nothing = torch.zeros_like(everything)
     earlier = everything & (key < query)
 
-    clean_sees_clean = earlier if system.causal else everything
-    clean_sees_masked = everything if system.sees == "joint" and not system.causal else nothing
-    masked_sees_clean = clean_sees_clean
+    known_sees_known = earlier if system.causal else everything
+    known_sees_masked = everything if system.sees == "joint" and not system.causal else nothing
+    masked_sees_known = known_sees_known
     masked_sees_masked = {"joint": everything,                     # MDM, AR+MTP
                           "independent": nothing,                  # SIDM
                           "semicausal": earlier}[system.sees]      # SCDM
 
-    clean_query, clean_key = ~masked[:, :, None], ~masked[:, None, :]
-    visible = torch.where(clean_query, torch.where(clean_key, clean_sees_clean, clean_sees_masked),
-                          torch.where(clean_key, masked_sees_clean, masked_sees_masked))
+    known_query, known_key = ~masked[:, :, None], ~masked[:, None, :]
+    visible = torch.where(known_query, torch.where(known_key, known_sees_known, known_sees_masked),
+                          torch.where(known_key, masked_sees_known, masked_sees_masked))
     return visible | torch.eye(turn.shape[1], dtype=torch.bool, device=turn.device)     # and itself
 
 
@@ -153,8 +153,8 @@ class Transformer(nn.Module):
 
 
 def hide(system, tokens, prompt_len, mask, cut, window, rng):
-    """Tokens of a turn before the cut, a number or (B, 1), stay clean, the next `window` are
-    masked, the rest is absent. Returns what the model reads, turn, and masked, each (B, T)."""
+    """cut: a number or (B, 1). Tokens of an earlier turn stay known, the next `window` are masked,
+    the rest is absent. Returns what the model reads, turn, and masked, each (B, T)."""
     B, T = tokens.shape
     turn = torch.arange(T).expand(B, T)
     if system.order == "random":
@@ -180,12 +180,12 @@ def objective(system, tokens, prompt_len, mask, window, rng):
     spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
     cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)        # (B, 1)
     inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window, rng)
-    counts = masked
+    weight = masked
     if system.shifted:
-        counts = turn >= prompt_len
+        weight = turn >= prompt_len
     if system.next_only:
-        counts = turn == cut
-    return inputs, turn, masked, counts / counts.sum()
+        weight = turn == cut
+    return inputs, turn, masked, weight / weight.sum()
 
 
 def cross_entropy(model, system, tokens, inputs, turn, masked):
@@ -207,19 +207,19 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
     cross-entropy of the token that would be decoded. Means over tokens, one for each k of
     n_latents; nan where this measure does not apply."""
-    T, totals = tokens.shape[1], torch.zeros(len(n_latents))
+    T, mask, totals = tokens.shape[1], model.mask, torch.zeros(len(n_latents))
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
-            if i == 0 or system.order == "left":          # in random order one pass serves every k
+            if i == 0 or system.order == "left":       # in random order one pass serves every k
                 window = k + 1 if system.order == "left" else T
-                hidden = hide(system, tokens, prompt_len, model.mask, cut, window, rng)
-                ce, (_, turn, masked) = cross_entropy(model, system, tokens, *hidden), hidden
+                inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window, rng)
+                ce = cross_entropy(model, system, tokens, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
-            elif system.sees == "semicausal":             # it has seen the k that are before it
+            elif system.sees == "semicausal":             # it has seen the k masked ones before it
                 decoded = turn == min(cut + k, T - 1)
             elif (system.sees, k) in [("independent", 0), ("joint", T - prompt_len - 1)]:
-                decoded = masked                          # all are alike: their mean is steadier
+                decoded = masked                          # one is like another: take the mean
             else:
                 return torch.full_like(totals, math.nan)
             totals[i] += ((ce * decoded).sum() / decoded.sum()).item()
@@ -246,31 +246,31 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
     for one puzzle, the honest unit of inference cost. on_step(tokens, positions, logits, c,
     decoded) may watch the masked tokens of each pass, the first c of which are candidates."""
     B, T = tokens.shape
-    place = torch.arange(T, device=tokens.device).expand(B, T)
-    tokens = torch.where(place < prompt_len, tokens, model.mask)
-    known, unknown = place[:, :prompt_len], place[:, prompt_len:]
+    position = torch.arange(T, device=tokens.device).expand(B, T)
+    tokens = torch.where(position < prompt_len, tokens, model.mask)
+    known, unknown = position[:, :prompt_len], position[:, prompt_len:]
     cache, cached, forward_tokens = {} if system.causal else None, 0, 0
     for n in range(prompt_len, T):                                         # n tokens are known
-        c = 1
+        c = 1 if system.order == "left" else min(candidates, T - n)
+        k = min(n_latent, T - n - c)
+        turn = torch.arange(n + c + k, device=tokens.device)[None]
         if system.order == "random":
             shuffled = torch.rand(B, T - n, generator=generator, device=tokens.device).argsort(1)
-            unknown, c = unknown.gather(1, shuffled), min(candidates, T - n)
-        k = min(n_latent, T - n - c)
+            unknown = unknown.gather(1, shuffled)
+            # Latent tokens have the next turns, all candidates the one after: so in SCDM these see
+            # the latent tokens and not each other.
+            last = torch.full_like(turn[:, :c], n + k)
+            turn = torch.cat([turn[:, :n], last, turn[:, n:n + k]], dim=1)
         positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]
-        # Latent tokens come before the candidates, which do not see each other in SCDM.
-        turn = torch.cat([torch.arange(n), torch.full((c,), n + k), torch.arange(n, n + k)])
-        turn, inputs = turn[None].to(tokens.device), tokens
-        masked = turn >= n
-        if system.shifted:
-            inputs, masked = F.pad(tokens, (1, -1), value=model.mask), torch.zeros_like(masked)
+        inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
+        masked = (turn >= n) & (not system.shifted)
         visible = visibility(system, turn, masked)[:, cached:]
-        n_keep = n + system.shifted                       # a shifted slot n reads what is known
+        n_keep = n + system.shifted        # AR's slot n reads token n - 1, which is known, too
         logits = model(inputs.gather(1, positions), positions, visible, cache, n_keep)
         forward_tokens += positions.shape[1]
         logits = logits[:, n - cached:]                                   # (B, c + k, V)
 
-        score = POLICIES[policy](logits[:, :c].softmax(-1))
-        best = score.argmax(1, keepdim=True)                                             # (B, 1)
+        best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)       # (B, 1)
         logit = logits.take_along_dim(best[..., None], 1)[:, 0]                          # (B, V)
         token = (torch.multinomial((logit / temperature).softmax(-1), 1, generator=generator)
                  if temperature else logit.argmax(1, keepdim=True))                      # (B, 1)
@@ -291,7 +291,7 @@ SETTINGS = "system window seed task size batch_size lr layers heads width".split
 
 
 class RunError(Exception):
-    """What ends a run and can be said in one line. The scripts exit with status 2."""
+    """A mistake or failure that one line explains; the scripts then exit with status 2."""
 
 
 def capacity(device):
@@ -406,8 +406,8 @@ def solve(task, args, n, split, decode):
 
 def evaluate(task, args, model, state, decode, order=None, candidates=None):
     """For each number of latent tokens decode --samples test puzzles and measure nats; the records
-    go into args.path with the ending .json. Two controls: of the valid boards generated, the share
-    `unseen` in training; and the share of answers right by `chance`, for another prompt."""
+    go into args.path with the ending .json. Two controls: of valid boards generated, the share
+    `unseen` in training (about 10 %, or it recites); and the share of answers right by `chance`."""
     if args.watch:
         return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))
@@ -423,14 +423,13 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
         if task.prompt_len:
             filled[:, :task.prompt_len] = np.roll(filled[:, :task.prompt_len], 1, axis=0)
             chance = task.correct(filled).mean().item()
-        elif right.any():          # near 10 %: it learnt the rules; near 0: it recites training
+        elif right.any():
             unseen = task.held_out(filled[right]).mean().item()
-        what = {"step": state["step"], "n_latent": k, "order": order, "candidates": candidates,
-                "temperature": args.temperature, "samples": args.samples}
-        records[json.dumps(what)] = {                # another measurement never replaces this one
-            **{name: getattr(args, name) for name in SETTINGS}, **what,
-            "accuracy": right.mean().item(), "nats": None if math.isnan(nats_of_k) else nats_of_k,
-            "nats_floor": task.floor_nats, "unseen": unseen, "chance": chance,
+        how = {name: getattr(args, name) for name in (*SETTINGS, "temperature", "samples")}
+        how.update(step=state["step"], n_latent=k, order=order, candidates=candidates)
+        records[json.dumps(how)] = {                 # another measurement never replaces this one
+            **how, "accuracy": right.mean().item(), "unseen": unseen, "chance": chance,
+            "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
             "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
         content = {"history": state["history"], "records": records}
@@ -463,7 +462,7 @@ def watch(task, args, decode):
 def at_least(least, kind=int, words=()):
     """An argparse type: a finite number, not below `least`, or one of some words."""
     def number(text):
-        if text not in words and not least <= kind(text) < math.inf:
+        if text not in words and not least <= kind(text) < 2**63:
             raise ValueError
         return text if text in words else kind(text)
     number.__name__ = " or ".join([f"number >= {least}", *words])
@@ -478,10 +477,11 @@ def common_flags(description, tasks, order, default_systems):
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [*filter(there.get, there), "cpu"]
+    devices = [*filter(there.get, there), "cpu"]
     flag("--task", default="sudoku", choices=tasks, help="the puzzle [%(default)s]")
     flag("--size", help=f"its size and [default]: {sizes}")
-    flag("--systems", nargs="+", default=default_systems, choices=systems, help="[%(default)s]")
+    flag("--systems", nargs="+", default=default_systems, choices=systems,
+         help=f"what to train [{' '.join(default_systems)}]")
     flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K", help="numbers of "
          "latent tokens to sweep [0, powers of two, all]; some systems have only one number")
     flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each [0]")
@@ -494,9 +494,9 @@ def common_flags(description, tasks, order, default_systems):
             ("width", at_least(1), 64, "width of the residual stream"),
             ("samples", at_least(1), 1024, "test puzzles in each evaluation"),
             ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
-            ("jobs", at_least(1), capacity(there[0])[0], "models to train side by side")]:
+            ("jobs", at_least(1), capacity(devices[0])[0], "models to train side by side")]:
         flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
-    flag("--device", default=there[0], choices=there, help="[%(default)s]")
+    flag("--device", default=devices[0], choices=devices, help="[%(default)s]")
     flag("--compile", action="store_true", help="train with torch.compile")
     flag("--out", type=Path, help="folder for all output [out/TASK-SIZE]")
     flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
@@ -521,6 +521,7 @@ def prepare(args, tasks, make_jobs):
         if SYSTEMS[args.system].order != SYSTEMS[args.systems[0]].order:
             raise RunError(f"--checkpoint: {args.system} is a system of the other script")
         args.systems, args.windows, args.seeds = [args.system], [args.window], [args.seed]
+        args.out = args.out or args.checkpoint.parent
     args.size = args.size or tasks[args.task].default_size
     if args.size not in tasks[args.task].sizes:
         raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}")
@@ -582,14 +583,14 @@ ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{exc
        "{unseen:>8.0%}{chance:>8.1%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen  chance")
-FOOT = ("excess: nats above the lowest possible; forward tokens: the cost of a puzzle; unseen:\n"
-        "valid boards that were held out from training; chance: what is right for another prompt")
+FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible; "
+        "unseen:\nof the valid boards, those held out; chance: what is right for another prompt")
 
 
 def summary(args):
     """One row for each system, way of decoding and number of latent tokens, from all files in the
     output folder with this run's settings: means over seeds, and the error of the accuracy (the
-    standard error over seeds if there are several, else the sample's)."""
+    standard error over seeds if there are several, else half of Wilson's interval)."""
     groups, rows = {}, []
     files = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
     for r in (r for content in files for r in content["records"].values()):
@@ -602,7 +603,7 @@ def summary(args):
     for (name, _, samples, _), group in sorted(groups.items()):
         row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS.split()}
         p, n, excess = row["accuracy"], len(group), row["nats"] - row["nats_floor"]
-        error = (p * (1 - p) / samples) ** 0.5
+        error = (p * (1 - p) / samples + 0.25 / samples**2) ** 0.5 / (1 + 1 / samples)
         if n > 1:
             error = np.std([r["accuracy"] for r in group], ddof=1) / n**0.5
         rows.append({**group[0], **row, "name": name, "seeds": n, "error": error, "excess": excess})

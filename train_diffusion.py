@@ -31,9 +31,9 @@ def jobs(task, args):
     args.candidates = min(args.candidates or default, answer)
     for seed in args.seeds:
         for system in args.systems:
-            one = {"joint": [answer - 1], "independent": [0]}.get(latent.SYSTEMS[system].sees)
+            only = {"joint": [answer - 1], "independent": [0]}.get(latent.SYSTEMS[system].sees)
             yield {"system": system, "window": None, "seed": seed,
-                   "latents": one or latent.sweep(args, answer - args.candidates)}
+                   "latents": only or latent.sweep(args, answer - args.candidates)}
 
 
 def experiment(task, args):
