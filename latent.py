@@ -507,7 +507,7 @@ def common_flags(description, tasks, order, default_systems):
 
 def sweep(args, most):
     """The numbers of latent tokens to decode with: those of --latents, or 0, powers of two, all."""
-    chosen = args.latents or [0, *(2**i for i in range((most // 2).bit_length())), most]
+    chosen = args.latents or [0, *(2**i for i in range((2 * most // 3).bit_length())), most]
     if max(most if k == "all" else k for k in chosen) > most:
         raise RunError(f"--latents: whole numbers from 0 to {most}, or all")
     return sorted({most if k == "all" else k for k in chosen})
