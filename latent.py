@@ -34,7 +34,7 @@ from tqdm import tqdm
 #
 # A token's *turn*, 0, 1, 2, ..., is its place in the order: first the prompt, position by position,
 # then the answer. At a *cut* all tokens of an earlier turn are known (the paper: clean), the next
-# ones are masked, and those beyond the window, if there is one, are absent: their turn is -1.
+# `window` ones are masked, and the rest is absent, with turn -1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class System:
     title: str                 # its name in tables and figures
     color: str
     order: str                 # "left" or "random"
-    sees: str                  # what a masked token sees of the other masked ones
+    sees: str                  # what a masked token sees of others (no matter if none is masked)
     causal: bool = False       # a known token sees only earlier ones, so decoding can cache it
     shifted: bool = False      # from the left, nothing masked: slot i reads token i - 1, predicts i
     next_only: bool = False    # the loss counts the next token alone: a control
@@ -82,8 +82,6 @@ def visibility(system, turn, masked):
 
 
 # 2. the transformer ---------------------------------------------------------------------------
-
-
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream. Returns what it
     makes of x (B, T, C), and the keys and values, (B, heads, T, C / heads), after those of past."""
@@ -150,8 +148,6 @@ class Transformer(nn.Module):
 # 3. the objective -----------------------------------------------------------------------------
 # tokens is (B, T), the prompt first; A is the length of the answer. rng is numpy's, so that every
 # device draws the same.
-
-
 def hide(system, tokens, prompt_len, mask, cut, window, rng):
     """cut: a number or (B, 1). Tokens of an earlier turn stay known, the next `window` are masked,
     the rest is absent. Returns what the model reads, turn, and masked, each (B, T)."""
@@ -169,12 +165,11 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
 
 
 def objective(system, tokens, prompt_len, mask, window, rng):
-    """Draw a cut for every row, uniformly from the A turns of the answer. From the left that is
-    AR+MTP's random prefix; in random order, with a window of at least A, it is masked diffusion's
-    random number of masks. Returns inputs, turn, masked, and the weight of each token's
-    cross-entropy in the loss (with sum 1 over the batch), each (B, T). The plain mean over masked
-    tokens has the same minimiser as diffusion's ELBO, which weights each row's sum by A over its
-    number of masks, and less variance."""
+    """Draw a cut for every row, uniformly from the A turns of the answer: AR+MTP's random prefix,
+    or in random order, with a window of at least A, masked diffusion's random number of masks.
+    Returns inputs, turn, masked, and the weight of each token's cross-entropy in the loss, each
+    (B, T). The plain mean over masked tokens has the same minimiser as diffusion's ELBO, which
+    weights each row's sum by A over its number of masks, and less variance."""
     B, T = tokens.shape
     # One random offset, then evenly spread over the rows: every batch covers all cuts evenly.
     spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
@@ -200,13 +195,11 @@ def cross_entropy(model, system, tokens, inputs, turn, masked):
 # random order its mean over the orders, an upper bound. Where the entropy of the answer is known,
 # the floor, "is my loss normal?" has an answer; and the share of right answers among samples at
 # temperature 1 (for diffusion in uniform order) is at least exp(-(nats - floor)).
-
-
 @torch.no_grad()
 def nats(model, system, tokens, prompt_len, n_latents, rng):
     """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
-    cross-entropy of the token that would be decoded. Means over tokens, one for each k of
-    n_latents; nan where this measure does not apply."""
+    cross-entropy of the token that would be decoded, as a mean over the rows of tokens. One number
+    for each k of n_latents; nan where this measure does not apply."""
     T, mask, totals = tokens.shape[1], model.mask, torch.zeros(len(n_latents))
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
@@ -216,10 +209,10 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
                 ce = cross_entropy(model, system, tokens, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
-            elif system.sees == "semicausal":             # it has seen the k masked ones before it
+            elif system.sees == "semicausal":  # it has seen k latent tokens, or all that are left
                 decoded = turn == min(cut + k, T - 1)
             elif (system.sees, k) in [("independent", 0), ("joint", T - prompt_len - 1)]:
-                decoded = masked                          # one is like another: take the mean
+                decoded = masked               # each could be the decoded one: take their mean
             else:
                 return torch.full_like(totals, math.nan)
             totals[i] += ((ce * decoded).sum() / decoded.sum()).item()
@@ -250,7 +243,7 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
     tokens = torch.where(position < prompt_len, tokens, model.mask)
     known, unknown = position[:, :prompt_len], position[:, prompt_len:]
     cache, cached, forward_tokens = {} if system.causal else None, 0, 0
-    for n in range(prompt_len, T):                                         # n tokens are known
+    for n in range(prompt_len, T):          # beside n known tokens c candidates, k latent tokens
         c = 1 if system.order == "left" else min(candidates, T - n)
         k = min(n_latent, T - n - c)
         turn = torch.arange(n + c + k, device=tokens.device)[None]
@@ -279,13 +272,12 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
         if on_step:
             on_step(tokens, unknown[:, :c + k], logits, c, decoded)
         known = torch.cat([known, decoded], dim=1)
-        unknown = unknown.scatter(1, best, unknown[:, :1])[:, 1:]         # the first fills the gap
+        unknown = unknown.scatter(1, best, unknown[:, :1])[:, 1:]       # the first fills the gap
         cached = n_keep if system.causal else 0
     return tokens, forward_tokens
 
 
 # 6. training ----------------------------------------------------------------------------------
-
 # What makes a model what it is. The first three name its files.
 SETTINGS = "system window seed task size batch_size lr layers heads width".split()
 
@@ -315,16 +307,19 @@ def train(task, args, model, objective, decode):
     objective(tokens, rng) -> inputs, turn, masked, weight. decode as in `solve`: ten times in a
     training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
     from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving.
-    Returns step, minutes, and history: [step, loss, share solved or None] every 50 steps."""
+    Returns step, minutes, and history: [step, loss, share solved or None] each 50 steps or less."""
     opts, state = optimizers(model, args.lr), {"step": 0, "minutes": 0.0, "history": []}
     if args.checkpoint or (args.resume and args.path.exists()):
         saved = load(args.checkpoint or args.path)
         for name, value in saved["settings"].items():
             if value != getattr(args, name):
                 raise RunError(f"{args.path}: its {name} is {value}, not {getattr(args, name)}")
+        if {name: w.shape for name, w in model.state_dict().items()} != {
+                name: w.shape for name, w in saved["model"].items()}:
+            raise RunError(f"{args.checkpoint or args.path}: not the weights of this model")
         model.load_state_dict(saved["model"])
         state = {name: saved[name] for name in state}
-        if args.checkpoint:
+        if args.checkpoint or state["step"] >= args.steps:
             return state
         for opt, opt_state in zip(opts, saved["optimizers"]):
             opt.load_state_dict(opt_state)
@@ -358,6 +353,8 @@ def train(task, args, model, objective, decode):
                 raise RunError(f"{args.path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
             state["history"].append([done, loss.item(), None])
             bar.set_postfix_str(f"loss {loss.item():.3f}")
+            if (parent := torch.multiprocessing.parent_process()) and not parent.is_alive():
+                raise KeyboardInterrupt                                  # an orphan ends
         if probing:
             state["history"][-1][2] = solve(task, args, 64, "train", decode)[1].mean().item()
         if saving:
@@ -391,8 +388,6 @@ def load(path):
 
 
 # 7. evaluation --------------------------------------------------------------------------------
-
-
 def solve(task, args, n, split, decode):
     """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
     Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
@@ -408,7 +403,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
     """For each number of latent tokens decode --samples test puzzles and measure nats; the records
     go into args.path with the ending .json. Two controls: of valid boards generated, the share
     `unseen` in training (about 10 %, or it recites); and the share of answers right by `chance`."""
-    if args.watch:
+    if args.watch is not None:
         return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))
     tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
@@ -427,7 +422,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
             unseen = task.held_out(filled[right]).mean().item()
         how = {name: getattr(args, name) for name in (*SETTINGS, "temperature", "samples")}
         how.update(step=state["step"], n_latent=k, order=order, candidates=candidates)
-        records[json.dumps(how)] = {                 # another measurement never replaces this one
+        records[json.dumps(how)] = {                 # only the same measurement replaces it
             **how, "accuracy": right.mean().item(), "unseen": unseen, "chance": chance,
             "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
@@ -438,6 +433,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
 
 def watch(task, args, decode):
     """Solve one test puzzle with the least and with the most latent tokens, and show every pass."""
+    args.seed = args.watch
     print("[x] is decoded, x 83% a candidate, as sure as that, x~83% latent, . not in this pass")
     for k in sorted({args.latents[0], args.latents[-1]}):
         def on_step(tokens, positions, logits, c, decoded):
@@ -449,16 +445,17 @@ def watch(task, args, decode):
                 form[place] = f"{style}{100 * p[shown[place]]:3.0f}%"
 
             board = task.show(shown, lambda place, text: form.get(place, " {}     ").format(text))
-            in_place = "\033[H\033[J" * sys.stdout.isatty()
-            print(f"{in_place}\n{args.path.stem}, {k} latent tokens\n{board}", flush=True)
-            time.sleep(0.3 if in_place else 0)
+            text = f"\n{args.path.stem}, {k} latent tokens\n{board}"
+            print(text, flush=True)
+            if sys.stdout.isatty() and (tokens >= task.vocab_size).any():  # the next goes over it
+                time.sleep(0.3)
+                print(f"\033[{text.count(chr(10)) + 1}F\033[J", end="")
 
         right = solve(task, args, 1, "test", partial(decode, n_latent=k, on_step=on_step))[1]
         print(f"The answer is {'right' if right[0] else 'wrong'}.")
 
 
 # 8. around it, shared by both scripts ----------------------------------------------------------
-
 def at_least(least, kind=int, words=()):
     """An argparse type: a finite number, not below `least`, or one of some words."""
     def number(text):
@@ -501,7 +498,8 @@ def common_flags(description, tasks, order, default_systems):
     flag("--out", type=Path, help="folder for all output [out/TASK-SIZE]")
     flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     flag("--checkpoint", type=Path, help="train nothing, evaluate this checkpoint")
-    flag("--watch", action="store_true", help="instead of evaluating solve a puzzle step by step")
+    flag("--watch", nargs="?", type=at_least(0), const=0, metavar="SEED",
+         help="instead of evaluating solve one puzzle, drawn with this seed [0], step by step")
     return parser
 
 
@@ -518,8 +516,8 @@ def prepare(args, tasks, make_jobs):
     its job: the flags, its system, window, seed and latents, and the path of its checkpoint."""
     if args.checkpoint:                                  # the model's settings are its checkpoint's
         vars(args).update(load(args.checkpoint)["settings"])
-        if SYSTEMS[args.system].order != SYSTEMS[args.systems[0]].order:
-            raise RunError(f"--checkpoint: {args.system} is a system of the other script")
+        if getattr(SYSTEMS.get(args.system), "order", "") != SYSTEMS[args.systems[0]].order:
+            raise RunError(f"--checkpoint: {args.system} is no system of this script")
         args.systems, args.windows, args.seeds = [args.system], [args.window], [args.seed]
         args.out = args.out or args.checkpoint.parent
     args.size = args.size or tasks[args.task].default_size
@@ -532,7 +530,7 @@ def prepare(args, tasks, make_jobs):
     args.out.mkdir(parents=True, exist_ok=True)
     for job in make_jobs(task, args):
         name = "-".join(str(x) for x in (job["system"], job["window"], f"s{job['seed']}") if x)
-        path = args.out / f"{name}.pt"
+        path = args.out / (args.checkpoint.name if args.checkpoint else f"{name}.pt")
         if path.exists() and not args.resume and not args.checkpoint:
             raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
         jobs[name] = argparse.Namespace(**vars(args) | job, path=path, bar=len(jobs) % args.jobs)
@@ -542,6 +540,7 @@ def prepare(args, tasks, make_jobs):
 def work(i, width, lock, failures, task, jobs, experiment):
     """Process i of `width` runs experiment(task, job) for every width-th job."""
     tqdm.set_lock(lock)
+    sys.stdout.reconfigure(errors="replace")
     torch.set_num_threads(max(1, torch.get_num_threads() // width))
     for job in jobs[i::width]:
         try:
@@ -552,29 +551,30 @@ def work(i, width, lock, failures, task, jobs, experiment):
 
 def main(parser, tasks, make_jobs, experiment):
     """The main function of both scripts: run all jobs, some of them side by side."""
-    args, errors = parser.parse_args(), []
+    args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")
     try:
         task, jobs = prepare(args, tasks, make_jobs)
-        context, width = torch.multiprocessing.get_context("spawn"), min(len(jobs), args.jobs)
+        context = torch.multiprocessing.get_context("spawn")
+        width = min(len(jobs), args.jobs) if args.watch is None else 1
         failures = context.SimpleQueue()
         shared = (width, context.RLock(), failures, task, jobs, experiment)
         if width == 1:
             work(0, *shared)
         else:
             torch.multiprocessing.spawn(work, shared, width, daemon=True)
-        while not failures.empty():
-            errors.append(failures.get())
         if rows := summary(args):
             draw(rows, args.out / "latents.png")
             lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
+            if any(row["unseen"] < 0.02 for row in rows):
+                print("Where hardly any valid board is unseen, the model recites.")
+        if errors := [failures.get() for _ in iter(failures.empty, True)]:
+            raise RunError("; ".join(errors))
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
     except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
-        errors.append(str(error))
-    if errors:
-        parser.error("; ".join(errors))
+        parser.error(str(error))
 
 
 MEANS = "accuracy nats nats_floor unseen chance forward_tokens ms_per_puzzle train_minutes"
@@ -588,12 +588,11 @@ FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above th
 
 
 def summary(args):
-    """One row for each system, way of decoding and number of latent tokens, from all files in the
-    output folder with this run's settings: means over seeds, and the error of the accuracy (the
-    standard error over seeds if there are several, else half of Wilson's interval)."""
+    """One row for each system, way of decoding and number of latent tokens, from all files with
+    this run's settings: means over seeds, and their error (of one: half of Wilson's interval)."""
     groups, rows = {}, []
     files = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
-    for r in (r for content in files for r in content["records"].values()):
+    for r in (r for content in files for r in content.get("records", {}).values()):
         window = {None: "", "random": " random window"}.get(r["window"], f" window {r['window']}")
         order = f" {r['order']} of {r['candidates']}" if r["order"] else ""
         greedy = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
@@ -619,14 +618,15 @@ def draw(rows, path):
         return print(f"No figure ({error}); pip install matplotlib, then the same with --resume")
     rows = [r for r in rows if r["order"] != "uniform" and r["temperature"] == 1] or rows
     figure = Figure(figsize=(15, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    panels, one_step = figure.subplots(1, 3), len({r["step"] for r in rows}) == 1
     for panel, x, y in zip(panels, ("n_latent", "n_latent", "forward_tokens"),
                            ("accuracy", "nats", "accuracy")):
-        for name in dict.fromkeys(r["name"] for r in rows):
-            curve = [r for r in rows if r["name"] == name]
+        for key in dict.fromkeys((r["name"], r["step"], r["samples"]) for r in rows):
+            curve = [r for r in rows if (r["name"], r["step"], r["samples"]) == key]
             panel.errorbar([r[x] for r in curve], [r[y] for r in curve],
                            [r["error"] for r in curve] if y == "accuracy" else None, capsize=3,
-                           fmt="o-" if len(curve) > 1 else "*", label=name,
+                           fmt="o-" if len(curve) > 1 else "*",
+                           label=key[0] if one_step else "{}, {} steps".format(*key),
                            color=SYSTEMS[curve[0]["system"]].color)
         panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "), ylabel=y)
         if x == "n_latent":
