@@ -411,7 +411,8 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
                    * len(part) / args.samples for part in tokens.split(capacity(args.device)[1]))
     path = args.path.with_suffix(".json")
     records = json.loads(path.read_text())["records"] if path.exists() else {}
-    for k, nats_of_k in zip(args.latents, measured.tolist()):
+    bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
+    for k, nats_of_k in zip(bar, measured.tolist()):
         filled, right, forward_tokens, seconds = solve(task, args, args.samples, "test",
                                                        partial(decode, n_latent=k))
         unseen = chance = None
@@ -427,8 +428,8 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
             "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
             "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
             "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
-        content = {"history": state["history"], "records": records}
-        write(path, json.dumps(content, indent=1).encode())
+        text = json.dumps({"history": state["history"], "records": records}, indent=1)
+        write(path, text.encode())
 
 
 def watch(task, args, decode):
@@ -569,8 +570,8 @@ def main(parser, tasks, make_jobs, experiment):
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
             if any(row["unseen"] < 0.02 for row in rows):
                 print("Where hardly any valid board is unseen, the model recites.")
-        if errors := [failures.get() for _ in iter(failures.empty, True)]:
-            raise RunError("; ".join(errors))
+        if not failures.empty():
+            raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
     except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
@@ -625,9 +626,8 @@ def draw(rows, path):
             curve = [r for r in rows if (r["name"], r["step"], r["samples"]) == key]
             panel.errorbar([r[x] for r in curve], [r[y] for r in curve],
                            [r["error"] for r in curve] if y == "accuracy" else None, capsize=3,
-                           fmt="o-" if len(curve) > 1 else "*",
                            label=key[0] if one_step else "{}, {} steps".format(*key),
-                           color=SYSTEMS[curve[0]["system"]].color)
+                           fmt="o-" if curve[1:] else "*", color=SYSTEMS[curve[0]["system"]].color)
         panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "), ylabel=y)
         if x == "n_latent":
             panel.set_xscale("symlog", linthresh=1)
