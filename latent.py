@@ -620,19 +620,19 @@ def draw(rows, path):
     rows = [r for r in rows if r["order"] != "uniform" and r["temperature"] == 1] or rows
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels, one_step = figure.subplots(1, 3), len({r["step"] for r in rows}) == 1
-    for panel, x, y in zip(panels, ("n_latent", "n_latent", "forward_tokens"),
-                           ("accuracy", "nats", "accuracy")):
+    loss = "nats" if math.isnan(rows[0]["nats_floor"]) else "excess"
+    for panel, x, y in zip(panels, ["n_latent"] * 2 + ["forward_tokens"], ["accuracy", loss] * 2):
         for key in dict.fromkeys((r["name"], r["step"], r["samples"]) for r in rows):
             curve = [r for r in rows if (r["name"], r["step"], r["samples"]) == key]
             panel.errorbar([r[x] for r in curve], [r[y] for r in curve],
                            [r["error"] for r in curve] if y == "accuracy" else None, capsize=3,
                            label=key[0] if one_step else "{}, {} steps".format(*key),
                            fmt="o-" if curve[1:] else "*", color=SYSTEMS[curve[0]["system"]].color)
-        panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "), ylabel=y)
+        panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "),
+                  ylabel=y.replace("excess", "nats above the lowest possible"))
         if x == "n_latent":
             panel.set_xscale("symlog", linthresh=1)
-            panel.set_xticks(sorted({r[x] for r in rows}))
-            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
     print(f"The figure is {path}")
