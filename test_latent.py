@@ -767,7 +767,7 @@ def test_processes_end_together(tmp_path, sent, when):
     assert process.wait(20) == (130 if sent == "INT" else -number)
     wait_for(process, lambda: not living(process), 20)
     assert (sent == "INT") == ("--resume" in log.read_text())
-    assert "Traceback" not in log.read_text() or when == "start"     # Python's own, while it imports
+    assert "Traceback" not in log.read_text() or when == "start"    # Python's own, while it imports
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
