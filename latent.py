@@ -314,10 +314,10 @@ def train(task, args, model, objective, decode):
         for name, value in saved["settings"].items():
             if value != getattr(args, name):
                 raise RunError(f"{args.path}: its {name} is {value}, not {getattr(args, name)}")
-        if {name: w.shape for name, w in model.state_dict().items()} != {
-                name: w.shape for name, w in saved["model"].items()}:
-            raise RunError(f"{args.checkpoint or args.path}: not the weights of this model")
-        model.load_state_dict(saved["model"])
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError:
+            raise RunError(f"{args.checkpoint or args.path}: not this model's weights") from None
         state = {name: saved[name] for name in state}
         if args.checkpoint or state["step"] >= args.steps:
             return state

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from data.split import in_test
+from data.split import board_in_test
 
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}                                     # rows, columns of a box
 BOARDS = {4: 288, 6: 28_200_960, 9: 6_670_903_752_021_072_936_960}    # Felgenhauer & Jarvis (2006)
@@ -44,14 +44,6 @@ def fill(side, keep=None, rng=None):
     return boards
 
 
-def held_out(boards, side):
-    """Which boards, (n, side * side) digits, belong to the test split: about one in ten, by a hash
-    of the board with its first row renamed to 0 1 2 ..., so that renaming digits changes nothing.
-    """
-    renamed = np.take_along_axis(boards[:, :side].argsort(1), boards.astype(np.int64), axis=1)
-    return in_test(renamed)
-
-
 class Sudoku:
     """Generate a valid board from nothing: no prompt, an answer of side * side digits."""
 
@@ -65,7 +57,7 @@ class Sudoku:
         self.floor_nats = math.log(BOARDS[self.side])
         self.units = units(self.side)
         boards = fill(self.side, 20_000 if self.side == 9 else None, np.random.default_rng(0))
-        test = held_out(boards, self.side)
+        test = board_in_test(boards, self.side)
         self.pool = {"train": boards[~test], "test": boards[test]}
         if self.side == 9:                      # the symmetries move boards from split to split
             self.pool = {"train": boards, "test": boards}
@@ -75,7 +67,7 @@ class Sudoku:
         boards = self.pool[split][rng.integers(len(self.pool[split]), size=n)]
         if self.side == 9:
             boards = self._symmetry(boards, rng)
-            boards = boards[held_out(boards, 9) == (split == "test")]
+            boards = boards[board_in_test(boards, 9) == (split == "test")]
             if len(boards) < n:                 # not self.batch: SudokuPuzzle has its own
                 boards = np.concatenate([boards, Sudoku.batch(self, n - len(boards), rng, split)])
         names = rng.random((n, self.side)).argsort(1)
@@ -98,7 +90,7 @@ class Sudoku:
 
     def held_out(self, tokens):
         """Which of these valid boards are not in the training split: bool (n,)."""
-        return held_out(tokens[:, -self.side**2:], self.side)
+        return board_in_test(tokens[:, -self.side**2:], self.side)
 
     def show(self, tokens, mark=lambda place, text: text):
         """One row of tokens, (seq_len,), as a grid for a terminal. Every token of the answer is
