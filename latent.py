@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,15 +165,18 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
 
 def objective(system, tokens, prompt_len, mask, window, rng):
     """Draw a cut for every row, uniformly from the A turns of the answer: AR+MTP's random prefix,
-    or in random order, with a window of at least A, masked diffusion's random number of masks.
-    Returns inputs, turn, masked, and the weight of each token's cross-entropy in the loss, each
-    (B, T). The plain mean over masked tokens has the same minimiser as diffusion's ELBO, which
-    weights each row's sum by A over its number of masks, and less variance."""
+    or in random order masked diffusion's random number of masks. The window is a number, "random"
+    (drawn for the whole batch, uniformly from 1 to A), or None: all. Returns inputs, turn, masked,
+    and the weight of each token's cross-entropy in the loss, each (B, T). The plain mean over
+    masked tokens has the same minimiser as diffusion's ELBO, which weights each row's sum by A over
+    its number of masks, and less variance."""
     B, T = tokens.shape
+    if window == "random":
+        window = rng.integers(1, T - prompt_len, endpoint=True)
     # One random offset, then evenly spread over the rows: every batch covers all cuts evenly.
     spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
     cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)        # (B, 1)
-    inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window, rng)
+    inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window or T, rng)
     weight = masked
     if system.shifted:
         weight = turn >= prompt_len
@@ -265,8 +267,8 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
 
         best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)       # (B, 1)
         logit = logits.take_along_dim(best[..., None], 1)[:, 0]                          # (B, V)
-        token = (torch.multinomial((logit / temperature).softmax(-1), 1, generator=generator)
-                 if temperature else logit.argmax(1, keepdim=True))                      # (B, 1)
+        gumbel = -torch.empty_like(logit).exponential_(generator=generator).log()
+        token = (logit + temperature * gumbel).argmax(1, keepdim=True)  # an exact sample, (B, 1)
         decoded = unknown.gather(1, best)                                                # (B, 1)
         tokens = tokens.scatter(1, decoded, token)
         if on_step:
@@ -301,40 +303,41 @@ def optimizers(model, lr):
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
 
-def train(task, args, model, objective, decode):
-    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint.
-
-    objective(tokens, rng) -> inputs, turn, masked, weight. decode as in `solve`: ten times in a
-    training it probes how many of 64 training puzzles are solved. Data and masks of a step follow
-    from (seed, step) alone, so a resumed run goes on exactly and no random state needs saving.
-    Returns step, minutes, and history: [step, loss, share solved or None] each 50 steps or less."""
+def train(task, args, model):
+    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint. Data and
+    masks of a step follow from (seed, step) alone, so a resumed run goes on exactly and no random
+    state needs saving. Returns step, minutes, and history: [step, loss] each 50 steps or less."""
     opts, state = optimizers(model, args.lr), {"step": 0, "minutes": 0.0, "history": []}
-    if args.checkpoint or (args.resume and args.path.exists()):
-        saved = load(args.checkpoint or args.path)
+    system, path = SYSTEMS[args.system], args.checkpoint or args.path
+    if args.checkpoint or (args.resume and path.exists()):
+        saved = load(path)
         for name, value in saved["settings"].items():
             if value != getattr(args, name):
-                raise RunError(f"{args.path}: its {name} is {value}, not {getattr(args, name)}")
+                raise RunError(f"{path}: its {name} is {value}, not {getattr(args, name)}")
         try:
             model.load_state_dict(saved["model"])
         except RuntimeError:
-            raise RunError(f"{args.checkpoint or args.path}: not this model's weights") from None
+            raise RunError(f"{path}: not this model's weights") from None
         state = {name: saved[name] for name in state}
         if args.checkpoint or state["step"] >= args.steps:
             return state
         for opt, opt_state in zip(opts, saved["optimizers"]):
             opt.load_state_dict(opt_state)
+    elif args.resume:
+        tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     network = torch.compile(model) if args.compile else model
     # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
     bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
-    bar = tqdm(range(state["step"], args.steps), args.path.stem, args.steps,
-               initial=state["step"], position=args.bar, dynamic_ncols=True)
+    bar = tqdm(range(state["step"], args.steps), args.title, args.steps, initial=state["step"],
+               position=args.bar, dynamic_ncols=True)
     for step in bar:
         rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
-        tokens, *hidden, weight = (x.to(args.device) for x in (tokens, *objective(tokens, rng)))
+        hidden = objective(system, tokens, task.prompt_len, model.mask, args.window, rng)
+        tokens, *hidden, weight = (x.to(args.device) for x in (tokens, *hidden))
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            ce = cross_entropy(network, SYSTEMS[args.system], tokens, *hidden)
+            ce = cross_entropy(network, system, tokens, *hidden)
         loss = (weight * ce).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -346,24 +349,23 @@ def train(task, args, model, objective, decode):
             opt.zero_grad()
 
         done = step + 1
-        probing = done % max(1, args.steps // 10) == 0 or done == args.steps
-        saving = probing or time.time() - saved_at > 60
+        saving = done == args.steps or time.time() - saved_at > 60
         if saving or done % 50 == 0:                              # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
-                raise RunError(f"{args.path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
-            state["history"].append([done, loss.item(), None])
+                raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
+            state["history"].append([done, loss.item()])
             bar.set_postfix_str(f"loss {loss.item():.3f}")
             if (parent := torch.multiprocessing.parent_process()) and not parent.is_alive():
                 raise KeyboardInterrupt                                  # an orphan ends
-        if probing:
-            state["history"][-1][2] = solve(task, args, 64, "train", decode)[1].mean().item()
         if saving:
+            if path.exists() and load(path)["step"] != state["step"]:
+                raise RunError(f"{path}: another run trains it, too")
             saved_at = time.time()
             state.update(step=done, minutes=(saved_at - started) / 60)
-            settings = {name: getattr(args, name) for name in SETTINGS}
-            torch.save({"model": model.state_dict(), "settings": settings, **state,
+            torch.save({"settings": {name: getattr(args, name) for name in SETTINGS}, **state,
+                        "model": model.state_dict(),
                         "optimizers": [opt.state_dict() for opt in opts]}, file := io.BytesIO())
-            write(args.path, file.getvalue())
+            write(path, file.getvalue())
     return state
 
 
@@ -388,33 +390,25 @@ def load(path):
 
 
 # 7. evaluation --------------------------------------------------------------------------------
-def solve(task, args, n, split, decode):
-    """Let decode(tokens, generator=...) -> filled, forward_tokens solve n puzzles of a split.
-    Returns filled (n, T), which are right (n,), the forward tokens and the seconds of decoding."""
-    rng = np.random.default_rng((args.seed, 2**32))        # steps use (seed, step < 2**32)
-    tokens = torch.from_numpy(task.batch(n, rng, split)).to(args.device)
-    generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
-    parts = [decode(part, generator=generator) for part in tokens.split(capacity(args.device)[1])]
-    filled = torch.cat([part for part, _ in parts]).cpu().numpy()
-    return filled, task.correct(filled), parts[0][1], time.time() - started
-
-
 def evaluate(task, args, model, state, decode, order=None, candidates=None):
-    """For each number of latent tokens decode --samples test puzzles and measure nats; the records
-    go into args.path with the ending .json. Two controls: of valid boards generated, the share
-    `unseen` in training (about 10 %, or it recites); and the share of answers right by `chance`."""
+    """For each number of latent tokens measure nats of --samples test puzzles and decode them; the
+    records go into args.path with the ending .json. Two controls: of valid boards generated, the
+    share `unseen` in training (about 10 %, or it recites); and of answers right by `chance`."""
     if args.watch is not None:
         return watch(task, args, decode)
-    rng = np.random.default_rng((args.seed, 2**32 + 1))
+    rng = np.random.default_rng((args.seed, 2**32))             # steps use (seed, step < 2**32)
     tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
+    parts = tokens.split(capacity(args.device)[1])
     measured = sum(nats(model, SYSTEMS[args.system], part, task.prompt_len, args.latents, rng)
-                   * len(part) / args.samples for part in tokens.split(capacity(args.device)[1]))
+                   * len(part) / args.samples for part in parts)
     path = args.path.with_suffix(".json")
     records = json.loads(path.read_text())["records"] if path.exists() else {}
-    bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
+    bar = tqdm(args.latents, f"{args.title} decodes", leave=False, position=args.bar)
     for k, nats_of_k in zip(bar, measured.tolist()):
-        filled, right, forward_tokens, seconds = solve(task, args, args.samples, "test",
-                                                       partial(decode, n_latent=k))
+        generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
+        done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
+        filled = torch.cat([filled for filled, _ in done]).cpu().numpy()
+        seconds, right = time.time() - started, task.correct(filled)
         unseen = chance = None
         if task.prompt_len:
             filled[:, :task.prompt_len] = np.roll(filled[:, :task.prompt_len], 1, axis=0)
@@ -426,7 +420,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
         records[json.dumps(how)] = {                 # only the same measurement replaces it
             **how, "accuracy": right.mean().item(), "unseen": unseen, "chance": chance,
             "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
-            "forward_tokens": forward_tokens, "ms_per_puzzle": 1000 * seconds / args.samples,
+            "forward_tokens": done[0][1], "ms_per_puzzle": 1000 * seconds / args.samples,
             "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
         text = json.dumps({"history": state["history"], "records": records}, indent=1)
         write(path, text.encode())
@@ -434,7 +428,8 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
 
 def watch(task, args, decode):
     """Solve one test puzzle with the least and with the most latent tokens, and show every pass."""
-    args.seed = args.watch
+    rng = np.random.default_rng((args.watch, 2**32))
+    puzzle = torch.from_numpy(task.batch(1, rng, "test")).to(args.device)
     print("[x] is decoded, x 83% a candidate, as sure as that, x~83% latent, . not in this pass")
     for k in sorted({args.latents[0], args.latents[-1]}):
         def on_step(tokens, positions, logits, c, decoded):
@@ -452,8 +447,9 @@ def watch(task, args, decode):
                 time.sleep(0.3)
                 print(f"\033[{text.count(chr(10)) + 1}F\033[J", end="")
 
-        right = solve(task, args, 1, "test", partial(decode, n_latent=k, on_step=on_step))[1]
-        print(f"The answer is {'right' if right[0] else 'wrong'}.")
+        filled, _ = decode(tokens=puzzle, n_latent=k, on_step=on_step,
+                           generator=torch.Generator(args.device).manual_seed(args.watch))
+        print(f"The answer is {'right' if task.correct(filled.cpu().numpy())[0] else 'wrong'}.")
 
 
 # 8. around it, shared by both scripts ----------------------------------------------------------
@@ -490,7 +486,7 @@ def common_flags(description, tasks, order, default_systems):
             ("layers", at_least(1), 3, "transformer blocks"),
             ("heads", at_least(1), 4, "attention heads in a block"),
             ("width", at_least(1), 64, "width of the residual stream"),
-            ("samples", at_least(1), 1024, "test puzzles in each evaluation"),
+            ("samples", at_least(2), 1024, "test puzzles in each evaluation"),
             ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
             ("jobs", at_least(1), capacity(devices[0])[0], "models to train side by side")]:
         flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
@@ -507,18 +503,21 @@ def common_flags(description, tasks, order, default_systems):
 def sweep(args, most):
     """The numbers of latent tokens to decode with: those of --latents, or 0, powers of two, all."""
     chosen = args.latents or [0, *(2**i for i in range((2 * most // 3).bit_length())), most]
-    if max(most if k == "all" else k for k in chosen) > most:
+    chosen = sorted({most if k == "all" else k for k in chosen})
+    if chosen[-1] > most:
         raise RunError(f"--latents: whole numbers from 0 to {most}, or all")
-    return sorted({most if k == "all" else k for k in chosen})
+    return chosen
 
 
 def prepare(args, tasks, make_jobs):
     """Complete and check the flags before any work is done. Returns the task, and for every model
     its job: the flags, its system, window, seed and latents, and the path of its checkpoint."""
     if args.checkpoint:                                  # the model's settings are its checkpoint's
-        vars(args).update(load(args.checkpoint)["settings"])
-        if getattr(SYSTEMS.get(args.system), "order", "") != SYSTEMS[args.systems[0]].order:
-            raise RunError(f"--checkpoint: {args.system} is no system of this script")
+        vars(args).update(settings := load(args.checkpoint)["settings"])
+        print(f"{args.checkpoint}:", *(f"{k} {v}" for k, v in settings.items() if v is not None))
+        order = getattr(SYSTEMS.get(args.system), "order", "")
+        if order != SYSTEMS[args.systems[0]].order or args.task not in tasks:
+            raise RunError(f"--checkpoint: {args.system} for {args.task} is not of this script")
         args.systems, args.windows, args.seeds = [args.system], [args.window], [args.seed]
         args.out = args.out or args.checkpoint.parent
     args.size = args.size or tasks[args.task].default_size
@@ -541,9 +540,9 @@ def prepare(args, tasks, make_jobs):
 def work(i, width, lock, failures, task, jobs, experiment):
     """Process i of `width` runs experiment(task, job) for every width-th job."""
     tqdm.set_lock(lock)
-    sys.stdout.reconfigure(errors="replace")
     torch.set_num_threads(max(1, torch.get_num_threads() // width))
-    for job in jobs[i::width]:
+    for n, job in enumerate(mine := jobs[i::width], start=1):
+        job.title = f"{job.path.stem} ({n} of {len(mine)})"            # of those of this process
         try:
             experiment(task, job)
         except (RunError, OSError) as error:                                 # the others go on
@@ -570,6 +569,8 @@ def main(parser, tasks, make_jobs, experiment):
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
             if any(row["unseen"] < 0.02 for row in rows):
                 print("Where hardly any valid board is unseen, the model recites.")
+            if min(row["step"] for row in rows) < 1500:
+                print("Short runs favour AR: the others learn later.")
         if not failures.empty():
             raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
     except KeyboardInterrupt:
@@ -611,8 +612,7 @@ def summary(args):
 
 
 def draw(rows, path):
-    """The figure: accuracy and nats over latent tokens, accuracy over cost. Uniform order and other
-    temperatures are left out, unless there is nothing else."""
+    """The figure. Uniform order and other temperatures are only in it if there is nothing else."""
     try:
         from matplotlib.figure import Figure
     except Exception as error:

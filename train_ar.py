@@ -48,16 +48,9 @@ def experiment(task, args):
     system = latent.SYSTEMS[args.system]
     model = latent.Transformer(task.vocab_size, task.seq_len, args.layers, args.heads, args.width,
                                args.seed).to(args.device)
-
-    def objective(tokens, rng):
-        window = args.window or task.seq_len
-        if window == "random":
-            window = rng.integers(1, task.seq_len - task.prompt_len, endpoint=True)
-        return latent.objective(system, tokens, task.prompt_len, model.mask, window, rng)
-
     decode = partial(latent.decode, model, system, prompt_len=task.prompt_len,
                      temperature=args.temperature)
-    state = latent.train(task, args, model, objective, partial(decode, n_latent=args.latents[-1]))
+    state = latent.train(task, args, model)
     latent.evaluate(task, args, model, state, decode)
 
 

@@ -41,13 +41,9 @@ def experiment(task, args):
     system = latent.SYSTEMS[args.system]
     model = latent.Transformer(task.vocab_size, task.seq_len, args.layers, args.heads, args.width,
                                args.seed).to(args.device)
-
-    def objective(tokens, rng):
-        return latent.objective(system, tokens, task.prompt_len, model.mask, task.seq_len, rng)
-
     decode = partial(latent.decode, model, system, prompt_len=task.prompt_len, policy=args.order,
                      candidates=args.candidates, temperature=args.temperature)
-    state = latent.train(task, args, model, objective, partial(decode, n_latent=args.latents[-1]))
+    state = latent.train(task, args, model)
     latent.evaluate(task, args, model, state, decode, args.order, args.candidates)
 
 
