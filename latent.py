@@ -396,7 +396,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
     share `unseen` in training (about 10 %, or it recites); and of answers right by `chance`."""
     if args.watch is not None:
         return watch(task, args, decode)
-    rng = np.random.default_rng((args.seed, 2**32))             # steps use (seed, step < 2**32)
+    rng = np.random.default_rng((args.seed, 2**32 + 1))         # steps use (seed, step < 2**32)
     tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
     parts = tokens.split(capacity(args.device)[1])
     measured = sum(nats(model, SYSTEMS[args.system], part, task.prompt_len, args.latents, rng)
