@@ -266,9 +266,9 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
         logits = logits[:, n - cached:]                                   # (B, c + k, V)
 
         best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)       # (B, 1)
-        logit = logits.take_along_dim(best[..., None], 1)[:, 0]                          # (B, V)
+        logit = logits.take_along_dim(best[..., None], 1)                             # (B, 1, V)
         gumbel = -torch.empty_like(logit).exponential_(generator=generator).log()
-        token = (logit + temperature * gumbel).argmax(1, keepdim=True)  # an exact sample, (B, 1)
+        token = (logit + temperature * gumbel).argmax(-1)               # an exact sample, (B, 1)
         decoded = unknown.gather(1, best)                                                # (B, 1)
         tokens = tokens.scatter(1, decoded, token)
         if on_step:
