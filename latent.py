@@ -145,16 +145,16 @@ class Transformer(nn.Module):
 
 
 # 3. the objective -----------------------------------------------------------------------------
-# tokens is (B, T), the prompt first; A is the length of the answer. rng is numpy's, so that every
-# device draws the same.
+# tokens is (B, T), the prompt first; A is the length of the answer. rng is numpy's, so that
+# training draws the same on every device.
 def hide(system, tokens, prompt_len, mask, cut, window, rng):
     """cut: a number or (B, 1). Tokens of an earlier turn stay known, the next `window` are masked,
-    the rest is absent. Returns what the model reads, turn, and masked, each (B, T)."""
+    the rest is absent; AR knows all. Returns what the model reads, turn, masked, each (B, T)."""
     B, T = tokens.shape
     turn = torch.arange(T).expand(B, T)
     if system.order == "random":
-        answer = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))     # 0..A-1 shuffled
-        turn = torch.cat([turn[:, :prompt_len], prompt_len + answer], dim=1)
+        shuffled = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))        # 0..A-1
+        turn = torch.cat([turn[:, :prompt_len], prompt_len + shuffled], dim=1)
     turn = turn.to(tokens.device)
     if system.shifted:
         return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
@@ -254,8 +254,8 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
             unknown = unknown.gather(1, shuffled)
             # Latent tokens have the next turns, all candidates the one after: so in SCDM these see
             # the latent tokens and not each other.
-            last = torch.full_like(turn[:, :c], n + k)
-            turn = torch.cat([turn[:, :n], last, turn[:, n:n + k]], dim=1)
+            after = torch.full_like(turn[:, :c], n + k)
+            turn = torch.cat([turn[:, :n], after, turn[:, n:n + k]], dim=1)
         positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]
         inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
         masked = (turn >= n) & (not system.shifted)
@@ -267,8 +267,8 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
 
         best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)       # (B, 1)
         logit = logits.take_along_dim(best[..., None], 1)                             # (B, 1, V)
-        gumbel = -torch.empty_like(logit).exponential_(generator=generator).log()
-        token = (logit + temperature * gumbel).argmax(-1)               # an exact sample, (B, 1)
+        gumbel = -torch.empty_like(logit).exponential_(generator=generator).clamp(1e-30).log()
+        token = (logit + temperature * gumbel).argmax(-1)       # the Gumbel-max trick, (B, 1)
         decoded = unknown.gather(1, best)                                                # (B, 1)
         tokens = tokens.scatter(1, decoded, token)
         if on_step:
@@ -316,28 +316,28 @@ def train(task, args, model):
                 raise RunError(f"{path}: its {name} is {value}, not {getattr(args, name)}")
         try:
             model.load_state_dict(saved["model"])
-        except RuntimeError:
-            raise RunError(f"{path}: not this model's weights") from None
-        state = {name: saved[name] for name in state}
-        if args.checkpoint or state["step"] >= args.steps:
-            return state
-        for opt, opt_state in zip(opts, saved["optimizers"]):
-            opt.load_state_dict(opt_state)
+            state = {name: saved[name] for name in state}
+            if args.checkpoint or state["step"] >= args.steps:
+                return state
+            for opt, opt_state in zip(opts, saved["optimizers"]):
+                opt.load_state_dict(opt_state)
+        except (RuntimeError, KeyError):
+            raise RunError(f"{path}: not this model, or only weights; no --resume") from None
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     network = torch.compile(model) if args.compile else model
     # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
     bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
-    bar = tqdm(range(state["step"], args.steps), args.title, args.steps, initial=state["step"],
+    bar = tqdm(range(state["step"], args.steps), args.path.stem, args.steps, initial=state["step"],
                position=args.bar, dynamic_ncols=True)
     for step in bar:
         rng = np.random.default_rng((args.seed, step))
         tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
-        hidden = objective(system, tokens, task.prompt_len, model.mask, args.window, rng)
-        tokens, *hidden, weight = (x.to(args.device) for x in (tokens, *hidden))
+        drawn = objective(system, tokens, task.prompt_len, model.mask, args.window, rng)
+        tokens, inputs, turn, masked, weight = (x.to(args.device) for x in (tokens, *drawn))
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            ce = cross_entropy(network, system, tokens, *hidden)
+            ce = cross_entropy(network, system, tokens, inputs, turn, masked)
         loss = (weight * ce).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -359,7 +359,7 @@ def train(task, args, model):
                 raise KeyboardInterrupt                                  # an orphan ends
         if saving:
             if path.exists() and load(path)["step"] != state["step"]:
-                raise RunError(f"{path}: another run trains it, too")
+                raise RunError(f"{path}: another run writes it, too; choose another --out")
             saved_at = time.time()
             state.update(step=done, minutes=(saved_at - started) / 60)
             torch.save({"settings": {name: getattr(args, name) for name in SETTINGS}, **state,
@@ -403,7 +403,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
                    * len(part) / args.samples for part in parts)
     path = args.path.with_suffix(".json")
     records = json.loads(path.read_text())["records"] if path.exists() else {}
-    bar = tqdm(args.latents, f"{args.title} decodes", leave=False, position=args.bar)
+    bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
     for k, nats_of_k in zip(bar, measured.tolist()):
         generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
         done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
@@ -496,7 +496,7 @@ def common_flags(description, tasks, order, default_systems):
     flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     flag("--checkpoint", type=Path, help="train nothing, evaluate this checkpoint")
     flag("--watch", nargs="?", type=at_least(0), const=0, metavar="SEED",
-         help="instead of evaluating solve one puzzle, drawn with this seed [0], step by step")
+         help="once trained, only solve one puzzle, drawn with this seed [0], and show every step")
     return parser
 
 
@@ -531,7 +531,7 @@ def prepare(args, tasks, make_jobs):
     for job in make_jobs(task, args):
         name = "-".join(str(x) for x in (job["system"], job["window"], f"s{job['seed']}") if x)
         path = args.out / (args.checkpoint.name if args.checkpoint else f"{name}.pt")
-        if path.exists() and not args.resume and not args.checkpoint:
+        if path.exists() and not (args.resume or path.samefile(args.checkpoint or args.out)):
             raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
         jobs[name] = argparse.Namespace(**vars(args) | job, path=path, bar=len(jobs) % args.jobs)
     return task, list(jobs.values())
@@ -541,8 +541,7 @@ def work(i, width, lock, failures, task, jobs, experiment):
     """Process i of `width` runs experiment(task, job) for every width-th job."""
     tqdm.set_lock(lock)
     torch.set_num_threads(max(1, torch.get_num_threads() // width))
-    for n, job in enumerate(mine := jobs[i::width], start=1):
-        job.title = f"{job.path.stem} ({n} of {len(mine)})"            # of those of this process
+    for job in jobs[i::width]:
         try:
             experiment(task, job)
         except (RunError, OSError) as error:                                 # the others go on
@@ -563,13 +562,13 @@ def main(parser, tasks, make_jobs, experiment):
             work(0, *shared)
         else:
             torch.multiprocessing.spawn(work, shared, width, daemon=True)
-        if rows := summary(args):
+        if args.watch is None and (rows := summary(args)):
             draw(rows, args.out / "latents.png")
             lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
             if any(row["unseen"] < 0.02 for row in rows):
                 print("Where hardly any valid board is unseen, the model recites.")
-            if min(row["step"] for row in rows) < 1500:
+            if {row["system"] for row in rows if row["step"] < 1500} > {"ar"}:
                 print("Short runs favour AR: the others learn later.")
         if not failures.empty():
             raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
@@ -597,13 +596,14 @@ def summary(args):
     for r in (r for content in files for r in content.get("records", {}).values()):
         window = {None: "", "random": " random window"}.get(r["window"], f" window {r['window']}")
         order = f" {r['order']} of {r['candidates']}" if r["order"] else ""
-        greedy = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
-        name = SYSTEMS[r["system"]].title + window + order + greedy
+        heat = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
+        name = SYSTEMS[r["system"]].title + window + order + heat
         if all(r[setting] == getattr(args, setting) for setting in SETTINGS[3:]):
             groups.setdefault((name, r["step"], r["samples"], r["n_latent"]), []).append(r)
     for (name, _, samples, _), group in sorted(groups.items()):
         row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS.split()}
-        p, n, excess = row["accuracy"], len(group), row["nats"] - row["nats_floor"]
+        p, n = row["accuracy"], len({r["seed"] for r in group})
+        excess = row["nats"] - row["nats_floor"]
         error = (p * (1 - p) / samples + 0.25 / samples**2) ** 0.5 / (1 + 1 / samples)
         if n > 1:
             error = np.std([r["accuracy"] for r in group], ddof=1) / n**0.5

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -420,7 +419,6 @@ def test_everything_stays_on_its_device(name, monkeypatch):
 
 
 # data -------------------------------------------------------------------------------------------
-
 BOX = {4: (2, 2), 5: (5, 1), 6: (2, 3), 9: (3, 3)}             # of side 5 are the Latin squares
 every_task = pytest.mark.parametrize("name,size", [
     (name, size) for name, task in TASKS.items() for size in task.sizes if name + size != "latin6"])
@@ -614,7 +612,6 @@ def test_boards_are_uniform_and_a_tenth_is_held_out():
 
 
 # the experiments of the scripts -----------------------------------------------------------------
-
 TINY = "--size 4 --steps 20 --samples 32 --width 16 --layers 1 --jobs 1".split()
 
 
@@ -710,14 +707,15 @@ def test_the_table_is_of_this_run_and_its_errors_are_over_seeds(tmp_path):
     same = {**{name: getattr(args, name, 0) for name in latent.SETTINGS}, "system": "mtp",
             "order": None, "samples": 50, "n_latent": 1, "temperature": 1, "candidates": None,
             "step": 9, **dict.fromkeys(latent.MEANS.split(), 5.0), "accuracy": 0.0, "nats": 7.0}
-    seeds = {"accuracy": 0.2}, {"accuracy": 0.3}, {"accuracy": 0.7, "nats": 10.0}
-    for i, more in enumerate([*seeds, {"n_latent": 2}, {"lr": 1.0}, {"step": 40}, {"samples": 51},
-                              {"temperature": 0}, {"window": 4}, {"order": "uniform"}]):
+    for i, more in enumerate([
+            {"accuracy": 0.2}, {"seed": 1, "accuracy": 0.3}, {"seed": 2, "accuracy": 0.7, "nats": 10},
+            {"n_latent": 2}, {"lr": 1.0}, {"step": 40}, {"samples": 51}, {"temperature": 0},
+            {"window": 4}, {"order": "uniform"}]):
         (tmp_path / f"{i}.json").write_text(json.dumps({"records": {"": {**same, **more}}}))
     rows = {(row["seeds"], row["n_latent"]): row for row in latent.summary(args)}
     assert len(latent.summary(args)) == 7 and set(rows) == {(3, 1), (1, 1), (1, 2)}
     assert [rows[3, 1][name] for name in ("accuracy", "nats", "excess", "error")] == pytest.approx(
-        [0.4, 8, 3, statistics.stdev([0.2, 0.3, 0.7]) / math.sqrt(3)])
+        [0.4, 8, 3, math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2 / 3)])
     assert rows[1, 2]["error"] == pytest.approx(0.5 / 51)   # Wilson: p = 0 within sqrt(p(1-p) / 50)
 
 
@@ -779,8 +777,7 @@ def stops(step, sent):
 
 
 def ends_badly(task, args):
-    """An experiment in which one seed goes wrong: its process is killed, its loss is not finite, or
-    another run has begun to write the same checkpoint."""
+    """Seed 0 goes wrong: is killed, has a loss that is not finite, or another run writes it, too."""
     if args.seed == 0:
         if args.temperature == 2:
             train_diffusion.experiment(task, args)
@@ -830,7 +827,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd, jobs, 
         seeds = {1, 2} if temperature == 1 else {0, 1, 2}
         assert {r["seed"] for r in records(tmp_path)} == seeds and "forward tokens" in out
         assert {path.name for path in tmp_path.glob("*.pt")} == {f"sidm-s{s}.pt" for s in seeds}
-        why = "loss nan" if temperature == 1 else "another run trains it, too"
+        why = "loss nan" if temperature == 1 else "another run writes it, too; choose another --out"
         assert "No figure" in out and f"sidm-s0.pt: {why}" in err.splitlines()[-1]
 
 
@@ -875,7 +872,9 @@ BAD_INPUT = [                              # a script, and flags; one flag or fi
     "train_diffusion --checkpoint code.pt", "train_ar --checkpoint foreign.pt",
     "train_ar --checkpoint scdm-s0.pt", "train_diffusion --latents 16 --checkpoint scdm-s0.pt",
     "train_diffusion --out ../bad0 --size 4", "train_diffusion --checkpoint misfit.pt",
-    "train_diffusion --layers 3 --out ../bad0 --size 4 --systems scdm --resume"]
+    "train_diffusion --layers 3 --out ../bad0 --size 4 --systems scdm --resume",
+    "train_diffusion --checkpoint weights/scdm-s0.pt --out ../bad0",
+    "train_diffusion --out weights --size 4 --systems scdm --width 16 --layers 1 --resume"]
 
 
 @pytest.fixture(scope="module")
@@ -885,8 +884,11 @@ def folder(tmp_path_factory):
     run(train_diffusion, *TINY, "--systems", "scdm", "--steps", 2, "--out", folder)
     saved = latent.load(folder / "scdm-s0.pt")
     (folder / "torn.pt").write_bytes((folder / "scdm-s0.pt").read_bytes()[:5000])
+    (folder / "weights").mkdir()
+    weights = {name: part for name, part in saved.items() if name != "optimizers"}
     for name, content in [("code", {**saved, "model": os.mkdir}), ("foreign", {"weights": 1}),
-                          ("misfit", {**saved, "model": {"token.weight": torch.zeros(3)}})]:
+                          ("misfit", {**saved, "model": {"token.weight": torch.zeros(3)}}),
+                          ("weights/scdm-s0", weights)]:
         torch.save(content, folder / f"{name}.pt")
     return folder
 
