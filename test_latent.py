@@ -707,10 +707,10 @@ def test_the_table_is_of_this_run_and_its_errors_are_over_seeds(tmp_path):
     same = {**{name: getattr(args, name, 0) for name in latent.SETTINGS}, "system": "mtp",
             "order": None, "samples": 50, "n_latent": 1, "temperature": 1, "candidates": None,
             "step": 9, **dict.fromkeys(latent.MEANS.split(), 5.0), "accuracy": 0.0, "nats": 7.0}
-    for i, more in enumerate([
-            {"accuracy": 0.2}, {"seed": 1, "accuracy": 0.3}, {"seed": 2, "accuracy": 0.7, "nats": 10},
-            {"n_latent": 2}, {"lr": 1.0}, {"step": 40}, {"samples": 51}, {"temperature": 0},
-            {"window": 4}, {"order": "uniform"}]):
+    more = [{"accuracy": 0.2}, {"accuracy": 0.3, "seed": 1},
+            {"accuracy": 0.7, "seed": 2, "nats": 10}, {"n_latent": 2}, {"lr": 1.0}, {"step": 40},
+            {"samples": 51}, {"temperature": 0}, {"window": 4}, {"order": "uniform"}]
+    for i, more in enumerate(more):
         (tmp_path / f"{i}.json").write_text(json.dumps({"records": {"": {**same, **more}}}))
     rows = {(row["seeds"], row["n_latent"]): row for row in latent.summary(args)}
     assert len(latent.summary(args)) == 7 and set(rows) == {(3, 1), (1, 1), (1, 2)}
@@ -777,7 +777,7 @@ def stops(step, sent):
 
 
 def ends_badly(task, args):
-    """Seed 0 goes wrong: is killed, has a loss that is not finite, or another run writes it, too."""
+    """Seed 0 goes wrong: killed, a loss that is not finite, or another run writes it, too."""
     if args.seed == 0:
         if args.temperature == 2:
             train_diffusion.experiment(task, args)
@@ -794,8 +794,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, capfd):
     assert 0 < latent.load(cut / "scdm-s0.pt")["step"] <= 150
     for folder in (cut, tmp_path / "whole"):
         run(train_diffusion, *TINY, *flags, "--out", folder, "--resume")
-    said = re.findall(r"(\S+)-s\d.pt is not there", capfd.readouterr().err)
-    assert said[-2:] == [str(tmp_path / "whole" / "scdm")] * 2
+    assert len(re.findall(r"whole/scdm-s\d.pt is not there", capfd.readouterr().err)) == 2
     for path in cut.glob("*.pt"):
         one, two = latent.load(path), latent.load(tmp_path / "whole" / path.name)
         assert all(one["model"][name].equal(two["model"][name]) for name in one["model"])
