@@ -236,7 +236,7 @@ def test_the_loss_by_hand(name, window, prompt_len):
     """Row by row, with nothing there but the clean tokens and the window."""
     tokens, losses, left = random_tokens(8, 12), [], SYSTEMS[name].order == "left"
     window = window if left else 12
-    loss, inputs, turn, masked, _ = draw(name, tokens, prompt_len, window)
+    loss, inputs, turn, masked, _ = draw(name, tokens, prompt_len, window if left else None)
     for b, row in enumerate(tokens):
         order = turn[b].argsort()[(turn[b] < 0).sum():].tolist()               # of those present
         cuts = range(prompt_len, 12)
@@ -708,8 +708,8 @@ def test_the_table_is_of_this_run_and_its_errors_are_over_seeds(tmp_path):
             "order": None, "samples": 50, "n_latent": 1, "temperature": 1, "candidates": None,
             "step": 9, **dict.fromkeys(latent.MEANS.split(), 5.0), "accuracy": 0.0, "nats": 7.0}
     more = [{"accuracy": 0.2}, {"accuracy": 0.3, "seed": 1},
-            {"accuracy": 0.7, "seed": 2, "nats": 10}, {"n_latent": 2}, {"lr": 1.0}, {"step": 40},
-            {"samples": 51}, {"temperature": 0}, {"window": 4}, {"order": "uniform"}]
+            {"accuracy": 0.7, "seed": 2, "nats": 10}, {"n_latent": 2}, {"n_latent": 2}, {"lr": 1.0},
+            {"step": 40}, {"samples": 51}, {"temperature": 0}, {"window": 4}, {"order": "uniform"}]
     for i, more in enumerate(more):
         (tmp_path / f"{i}.json").write_text(json.dumps({"records": {"": {**same, **more}}}))
     rows = {(row["seeds"], row["n_latent"]): row for row in latent.summary(args)}
