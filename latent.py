@@ -158,7 +158,7 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
     turn = turn.to(tokens.device)
     if system.shifted:
         return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
-    turn = torch.where(turn < cut + window, turn, -1)
+    turn = torch.where(turn < cut + window, turn, -1)               # so absent ones are < cut, too
     known = (0 <= turn) & (turn < cut)
     return torch.where(known, tokens, mask), turn, turn >= cut
 
@@ -211,7 +211,7 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
                 ce = cross_entropy(model, system, tokens, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
-            elif system.sees == "semicausal":  # it has seen k latent tokens, or all that are left
+            elif system.sees == "semicausal":   # the one that has seen k latent tokens, or all left
                 decoded = turn == min(cut + k, T - 1)
             elif (system.sees, k) in [("independent", 0), ("joint", T - prompt_len - 1)]:
                 decoded = masked               # each could be the decoded one: take their mean
@@ -256,7 +256,7 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
             # the latent tokens and not each other.
             after = torch.full_like(turn[:, :c], n + k)
             turn = torch.cat([turn[:, :n], after, turn[:, n:n + k]], dim=1)
-        positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]
+        positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]       # what is new
         inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
         masked = (turn >= n) & (not system.shifted)
         visible = visibility(system, turn, masked)[:, cached:]
