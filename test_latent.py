@@ -744,8 +744,7 @@ def start(folder, script, *flags):
 
 def living(process):
     ps = subprocess.run(["ps", "-A", "-o", "pgid=", "-o", "stat="], capture_output=True, text=True)
-    states = [state.split() for state in ps.stdout.splitlines()]
-    return sum(group == str(process.pid) and state[0] != "Z" for group, state in states)
+    return len(re.findall(rf"^ *{process.pid} +[^Z]", ps.stdout, re.MULTILINE))        # no zombies
 
 
 def wait_for(process, condition, seconds=60):
