@@ -790,10 +790,10 @@ def ends_badly(task, args):
 
 
 def test_a_killed_run_resumes_exactly(tmp_path, capfd):
-    flags, cut = ["--seeds", 0, 1, "--systems", "scdm", "--steps", 200], tmp_path / "cut"
+    flags = "--seeds 0 1 --systems scdm --steps 200 --temperature 0".split()
+    cut = tmp_path / "cut"
     with pytest.raises(SystemExit, match="2"):
-        run(train_diffusion, *TINY, *flags, "--jobs", 2, "--out", cut, "--temperature", 0,
-            experiment=ends_badly)
+        run(train_diffusion, *TINY, *flags, "--jobs", 2, "--out", cut, experiment=ends_badly)
     assert 0 < latent.load(cut / "scdm-s0.pt")["step"] <= 150
     for folder in (cut, tmp_path / "whole"):
         run(train_diffusion, *TINY, *flags, "--out", folder, "--resume")
