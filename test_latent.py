@@ -294,7 +294,7 @@ def test_nats_are_those_of_all_orders(name, prompt_len):
     rows = random_tokens(2, prompt_len + A)
     tokens = rows.repeat_interleave(24, 0)
     sweep = {"sidm": [0], "mdm": [A - 1], "ar": [0]}.get(name, [0, 1, 2, A - 1])
-    expected = [np.mean(naive_nats(model, name, row, prompt_len, k) for row in rows)
+    expected = [np.mean([naive_nats(model, name, row, prompt_len, k) for row in rows])
                 for k in sweep]
     for step in (1, -1):
         measured = latent.nats(model, system, tokens, prompt_len, sweep[::step], ALL_ORDERS)
