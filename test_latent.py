@@ -235,8 +235,8 @@ def draw(name, tokens, prompt_len, window, seed=0, model=small_model()):
 def test_the_loss_by_hand(name, window, prompt_len):
     """Row by row, with nothing there but the clean tokens and the window."""
     tokens, losses, left = random_tokens(8, 12), [], SYSTEMS[name].order == "left"
-    window = window if left else 12
-    loss, inputs, turn, masked, _ = draw(name, tokens, prompt_len, window if left else None)
+    window = window if left else None
+    loss, inputs, turn, masked, _ = draw(name, tokens, prompt_len, window)
     for b, row in enumerate(tokens):
         order = turn[b].argsort()[(turn[b] < 0).sum():].tolist()               # of those present
         cuts = range(prompt_len, 12)
@@ -244,7 +244,7 @@ def test_the_loss_by_hand(name, window, prompt_len):
             assert not masked.any() and len(order) == 12
         else:
             cuts = [masked[b][order].int().argmax().item()]
-            assert cuts[0] >= prompt_len and len(order) == min(12, cuts[0] + window)
+            assert cuts[0] >= prompt_len and len(order) == min(12, cuts[0] + (window or 12))
             assert masked[b][order].tolist() == [n >= cuts[0] for n in range(len(order))]
             assert inputs[b].equal(torch.where(masked[b] | (turn[b] < 0), 4, row))
         assert turn[b][order].tolist() == list(range(len(order)))
@@ -579,13 +579,12 @@ def test_puzzles_have_one_solution(size):
 
 
 @pytest.mark.parametrize("size,n", [("3x3", 20), ("3x4", 3), ("4x3", 1)])
+@mock.patch("data.zebra.in_test", lambda clues: (np.diff(clues) < 0).any(1))     # they are sorted
 def test_zebra_has_one_solution_and_no_clue_was_implied(size, n):
     task = TASKS["zebra"](size)
     H, things = task.houses, task.things
     orders = [list(itertools.permutations(range(i, i + H))) for i in range(0, things, H)]
-    with mock.patch("data.zebra.in_test", lambda clues: (np.diff(clues) < 0).any(1)):   # sorted
-        puzzles = task.batch(n, np.random.default_rng(0), "train").tolist()
-    for row in puzzles:
+    for row in task.batch(n, np.random.default_rng(0), "train").tolist():
         grids = [sum(grid, ()) for grid in itertools.product(*orders)]
         for used, clue in enumerate(row[:task.prompt_len], start=1):      # fewer and fewer are left
             left = [grid for grid in grids if naive_zebra(task, [clue], grid)]
@@ -790,8 +789,7 @@ def ends_badly(task, args):
 
 
 def test_a_killed_run_resumes_exactly(tmp_path, capfd):
-    flags = "--seeds 0 1 --systems scdm --steps 200 --temperature 0".split()
-    cut = tmp_path / "cut"
+    flags, cut = "--seeds 0 1 --systems scdm --steps 200 --temperature 0".split(), tmp_path / "cut"
     with pytest.raises(SystemExit, match="2"):
         run(train_diffusion, *TINY, *flags, "--jobs", 2, "--out", cut, experiment=ends_badly)
     assert 0 < latent.load(cut / "scdm-s0.pt")["step"] <= 150
@@ -810,6 +808,8 @@ def test_scripts_side_by_side_in_one_folder(tmp_path):
     processes = [start(tmp_path, "train_ar", "--systems", "ar", "mtp"),
                  start(tmp_path, "train_diffusion", "--systems", "sidm", "scdm", "--jobs", 2)]
     assert [process.wait(90) for process in processes] == [0, 0]
+    assert {(path.stem, path.suffix) for path in tmp_path.glob("*-s0*")} == set(itertools.product(
+        ("ar-s0", "mtp-random-s0", "sidm-s0", "scdm-s0"), (".pt", ".json")))
     assert {r["system"] for r in records(tmp_path)} == {"ar", "mtp", "sidm", "scdm"}
     assert len(re.findall("AR.*%", (tmp_path / "train_ar.log").read_text())) >= 6      # the table
 
@@ -872,7 +872,7 @@ BAD_INPUT = [                              # a script, and flags; one flag or fi
     "train_ar --checkpoint scdm-s0.pt", "train_diffusion --latents 16 --checkpoint scdm-s0.pt",
     "train_diffusion --out ../bad0 --size 4", "train_diffusion --checkpoint misfit.pt",
     "train_diffusion --layers 3 --out ../bad0 --size 4 --systems scdm --resume",
-    "train_diffusion --checkpoint weights/scdm-s0.pt --out ../bad0",
+    "train_diffusion --checkpoint weights/scdm-s0.pt --out ../bad0", "train_ar --steps 0",
     "train_diffusion --out weights --size 4 --systems scdm --width 16 --layers 1 --resume"]
 
 
@@ -881,13 +881,12 @@ def folder(tmp_path_factory):
     """A folder with a checkpoint, and files that are none."""
     folder = tmp_path_factory.mktemp("bad")
     run(train_diffusion, *TINY, "--systems", "scdm", "--steps", 2, "--out", folder)
-    saved = latent.load(folder / "scdm-s0.pt")
+    (saved := latent.load(folder / "scdm-s0.pt")).pop("optimizers")
     (folder / "torn.pt").write_bytes((folder / "scdm-s0.pt").read_bytes()[:5000])
     (folder / "weights").mkdir()
-    weights = {name: part for name, part in saved.items() if name != "optimizers"}
     for name, content in [("code", {**saved, "model": os.mkdir}), ("foreign", {"weights": 1}),
                           ("misfit", {**saved, "model": {"token.weight": torch.zeros(3)}}),
-                          ("weights/scdm-s0", weights)]:
+                          ("weights/scdm-s0", saved)]:
         torch.save(content, folder / f"{name}.pt")
     return folder
 
@@ -929,6 +928,7 @@ def test_one_place_names_devices():
                      if isinstance(x, (ast.Attribute, ast.Constant))}
             if getattr(node, "name", None) not in ("train", "capacity", "common_flags"):
                 assert not names & {"cuda", "mps"}, (path, node.lineno)
+    assert 'map_location="cpu"' in (HERE / "latent.py").read_text()
 
 
 # not in the default run: -m gpu ------------------------------------------------------------------
