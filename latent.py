@@ -11,7 +11,6 @@ What follows trains (6), evaluates (7), and handles flags, processes, table and 
 `python latent.py` prints who sees whom. train_diffusion.py and train_ar.py run experiments.
 """
 import argparse
-import dataclasses
 import io
 import json
 import math
@@ -19,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from tqdm import tqdm
 # `window` ones are masked, and the rest is absent, with turn -1.
 
 
-@dataclasses.dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     title: str                 # its name in tables and figures
     color: str
     order: str                 # "left" or "random"
@@ -133,9 +132,8 @@ class Transformer(nn.Module):
         logits (B, T, vocab_size). Positions are explicit: trimmed or reordered, a token keeps
         the position that it has in the full sequence.
 
-        A decoder may pass a `cache`, at first {}: the keys and values of S tokens from earlier
-        passes. They go before those of this pass, visible is (B or 1, T, S + T), and of all S + T
-        the first `n_keep` are kept for the next pass."""
+        A decoder may pass a `cache`, at first {}: keys and values of S tokens of earlier passes, to
+        go before those of this one; visible is (B or 1, T, S + T), the first `n_keep` are kept."""
         x = self.token(tokens) + self.position(positions)                               # (B, T, C)
         for i, block in enumerate(self.blocks):
             x, (k, v) = block(x, visible[:, None], (cache or {}).get(i))    # one mask, all heads
@@ -193,10 +191,10 @@ def cross_entropy(model, system, tokens, inputs, turn, masked):
 
 
 # 4. nats --------------------------------------------------------------------------------------
-# Every system is a generative process with a negative log-likelihood: exact from the left; in
-# random order its mean over the orders, an upper bound. Where the entropy of the answer is known,
-# the floor, "is my loss normal?" has an answer; and the share of right answers among samples at
-# temperature 1 (for diffusion in uniform order) is at least exp(-(nats - floor)).
+# Every system is a generative process with a negative log-likelihood: exact from the left, in
+# random order its mean over the orders, an upper bound. The lowest possible value, the floor, is
+# the entropy of the answer. At temperature 1 (for diffusion in uniform order) the share of right
+# answers is at least exp(-(nats - floor)).
 @torch.no_grad()
 def nats(model, system, tokens, prompt_len, n_latents, rng):
     """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
@@ -207,8 +205,9 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
         for i, k in enumerate(n_latents):
             if i == 0 or system.order == "left":       # in random order one pass serves every k
                 window = k + 1 if system.order == "left" else T
-                inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window, rng)
-                ce = cross_entropy(model, system, tokens, inputs, turn, masked)
+                part = tokens[:, :cut + window]                         # the rest would be absent
+                inputs, turn, masked = hide(system, part, prompt_len, mask, cut, window, rng)
+                ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
             elif system.sees == "semicausal":   # the one that has seen k latent tokens, or all left
@@ -288,18 +287,32 @@ class RunError(Exception):
     """A mistake or failure that one line explains; the scripts then exit with status 2."""
 
 
-def capacity(device):
-    """How many models to train side by side, and how many puzzles to decode at once. Three small
-    models keep two cores busier than one does, and a GPU, which waits for most of its kernels."""
-    return (3 * torch.get_num_threads() // 2, 128) if device == "cpu" else (3, 1024)
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): a step along the orthogonal matrix
+    nearest to the momentum. The same as torch.optim.Muon, but on matrices of one shape at once,
+    (n, rows, columns): a third of the kernels, which is what small models wait for."""
+
+    @torch.no_grad()
+    def step(self):
+        matrices, lr = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        gradient = torch.stack([w.grad for w in matrices])
+        momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(gradient))
+        x = gradient.lerp(momentum.lerp_(gradient, 0.05), 0.95)                     # Nesterov's
+        x = x.mT if (tall := x.shape[1] > x.shape[2]) else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):                    # Newton-Schulz: takes all singular values near 1
+            gram = x @ x.mT
+            gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+            x = torch.baddbmm(x, gram, x, beta=3.4445)
+        x = 0.2 * max(x.shape[1:]) ** 0.5 * (x.mT if tall else x)     # as long as AdamW's steps
+        torch._foreach_add_(matrices, x.unbind(), alpha=-lr)
 
 
 def optimizers(model, lr):
-    """Muon (Jordan et al., kellerjordan.github.io/posts/muon) for the matrices in the blocks, AdamW
-    for the rest: in the same minutes more accurate than AdamW alone."""
-    matrices = [w for w in model.blocks.parameters() if w.dim() == 2]
-    others = [w for w in model.parameters() if id(w) not in map(id, matrices)]
-    return [torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+    """Muon for the blocks' matrices, kind by kind, AdamW for the rest: better than AdamW alone."""
+    kinds = [*zip(*([w for w in block.parameters() if w.dim() == 2] for block in model.blocks))]
+    others = [w for w in model.parameters() if id(w) not in map(id, sum(kinds, ()))]
+    return [*(Muon(kind, {"lr": lr}) for kind in kinds),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
 
@@ -319,13 +332,13 @@ def train(task, args, model):
             state = {name: saved[name] for name in state}
             if args.checkpoint or state["step"] >= args.steps:
                 return state
-            for opt, opt_state in zip(opts, saved["optimizers"]):
+            for opt, opt_state in zip(opts, saved["optimizers"], strict=True):
                 opt.load_state_dict(opt_state)
-        except (RuntimeError, KeyError):
+        except (RuntimeError, KeyError, ValueError):
             raise RunError(f"{path}: not this model, or only weights; no --resume") from None
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
-    network = torch.compile(model) if args.compile else model
+    forward = torch.compile(cross_entropy) if args.compile else cross_entropy
     # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
     bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
@@ -337,7 +350,7 @@ def train(task, args, model):
         drawn = objective(system, tokens, task.prompt_len, model.mask, args.window, rng)
         tokens, inputs, turn, masked, weight = (x.to(args.device) for x in (tokens, *drawn))
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            ce = cross_entropy(network, system, tokens, inputs, turn, masked)
+            ce = forward(model, system, tokens, inputs, turn, masked)
         loss = (weight * ce).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -372,11 +385,8 @@ def train(task, args, model):
 def write(path, content):
     """Write bytes to a file, whole or not at all: a temporary file, then a rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def load(path):
@@ -392,13 +402,13 @@ def load(path):
 # 7. evaluation --------------------------------------------------------------------------------
 def evaluate(task, args, model, state, decode, order=None, candidates=None):
     """For each number of latent tokens measure nats of --samples test puzzles and decode them; the
-    records go into args.path with the ending .json. Two controls: of valid boards generated, the
-    share `unseen` in training (about 10 %, or it recites); and of answers right by `chance`."""
+    records go into args.path with the ending .json. A control: `unseen`, the share of the valid
+    boards generated that are held out from training (about 10 %, or the model recites)."""
     if args.watch is not None:
         return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))         # steps use (seed, step < 2**32)
     tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
-    parts = tokens.split(capacity(args.device)[1])
+    parts = tokens.split(128 if args.device == "cpu" else 1024)
     measured = sum(nats(model, SYSTEMS[args.system], part, task.prompt_len, args.latents, rng)
                    * len(part) / args.samples for part in parts)
     path = args.path.with_suffix(".json")
@@ -409,21 +419,16 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
         done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
         filled = torch.cat([filled for filled, _ in done]).cpu().numpy()
         seconds, right = time.time() - started, task.correct(filled)
-        unseen = chance = None
-        if task.prompt_len:
-            filled[:, :task.prompt_len] = np.roll(filled[:, :task.prompt_len], 1, axis=0)
-            chance = task.correct(filled).mean().item()
-        elif right.any():
-            unseen = task.held_out(filled[right]).mean().item()
+        generated = right.any() and task.prompt_len == 0
+        unseen = task.held_out(filled[right]).mean().item() if generated else None
         how = {name: getattr(args, name) for name in (*SETTINGS, "temperature", "samples")}
         how.update(step=state["step"], n_latent=k, order=order, candidates=candidates)
         records[json.dumps(how)] = {                 # only the same measurement replaces it
-            **how, "accuracy": right.mean().item(), "unseen": unseen, "chance": chance,
+            **how, "accuracy": right.mean().item(), "unseen": unseen,
             "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
             "forward_tokens": done[0][1], "ms_per_puzzle": 1000 * seconds / args.samples,
             "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
-        text = json.dumps({"history": state["history"], "records": records}, indent=1)
-        write(path, text.encode())
+        write(path, json.dumps({**state, "records": records}, indent=1).encode())
 
 
 def watch(task, args, decode):
@@ -488,7 +493,7 @@ def common_flags(description, tasks, order, default_systems):
             ("width", at_least(1), 64, "width of the residual stream"),
             ("samples", at_least(2), 1024, "test puzzles in each evaluation"),
             ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
-            ("jobs", at_least(1), capacity(devices[0])[0], "models to train side by side")]:
+            ("jobs", at_least(1), 1 + torch.get_num_threads(), "models to train side by side")]:
         flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
     flag("--device", default=devices[0], choices=devices, help="[%(default)s]")
     flag("--compile", action="store_true", help="train with torch.compile")
@@ -503,10 +508,7 @@ def common_flags(description, tasks, order, default_systems):
 def sweep(args, most):
     """The numbers of latent tokens to decode with: those of --latents, or 0, powers of two, all."""
     chosen = args.latents or [0, *(2**i for i in range((2 * most // 3).bit_length())), most]
-    chosen = sorted({most if k == "all" else k for k in chosen})
-    if chosen[-1] > most:
-        raise RunError(f"--latents: whole numbers from 0 to {most}, or all")
-    return chosen
+    return sorted({most if k == "all" else min(k, most) for k in chosen})
 
 
 def prepare(args, tasks, make_jobs):
@@ -578,14 +580,13 @@ def main(parser, tasks, make_jobs, experiment):
         parser.error(str(error))
 
 
-MEANS = "accuracy nats nats_floor unseen chance forward_tokens ms_per_puzzle train_minutes"
+MEANS = "accuracy nats nats_floor unseen forward_tokens ms_per_puzzle train_minutes"
 ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{excess:>8.2f}"
        "{forward_tokens:>16.0f}{ms_per_puzzle:>11.2f}{step:>8}{train_minutes:>9.1f}{seeds:>7}"
-       "{unseen:>8.0%}{chance:>8.1%}")
+       "{unseen:>8.0%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
-        "  ms/puzzle    step  minutes  seeds  unseen  chance")
-FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible; "
-        "unseen:\nof the valid boards, those held out; chance: what is right for another prompt")
+        "  ms/puzzle    step  minutes  seeds  unseen")
+FOOT = "nats: diffusion's in random order; excess: above the lowest; unseen: valid boards held out"
 
 
 def summary(args):
@@ -639,8 +640,7 @@ def draw(rows, path):
 
 
 if __name__ == "__main__":
-    print("Who sees whom: rows are queries, columns keys, named by their turn, [masked];"
-          "\nin AR, where nothing is masked, every slot reads the token before it.")
+    print("Rows are queries, columns keys, named by their turn, [masked]; AR reads the one before")
     for system in SYSTEMS.values():
         example = torch.zeros(1, 6, dtype=torch.long), 0, 1, 2, 3 if system.order == "left" else 6
         _, turn, masked = hide(system, *example, np.random.default_rng(0))

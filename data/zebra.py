@@ -59,8 +59,8 @@ class Zebra:
         grids = grids.reshape(-1, self.things)
         home, homes = self._homes(solution[None]), self._homes(grids[(grids != solution).any(1)])
         self.true = np.array([i for i, clue in enumerate(self.clues) if self._rule(clue, home)[0]])
-        self.admits = np.stack([np.packbits(self._rule(clue, homes))
-                                for clue in self.clues[self.true]])
+        admits = np.stack([np.packbits(self._rule(clue, homes)) for clue in self.clues[self.true]])
+        self.admits = np.pad(admits, ((0, 0), (0, -admits.shape[1] % 8))).view(np.uint64)
         rules = self.clues[self.true, 0]
         self.first, self.count = np.searchsorted(rules, np.arange(len(RULES))), np.bincount(rules)
 
@@ -113,8 +113,9 @@ class Zebra:
         while len(row := np.flatnonzero(rivals.any(1) & (used < self.prompt_len))):
             rule = rng.integers(1, len(RULES), size=len(row))
             clue = self.first[rule] + (rng.random(len(row)) * self.count[rule]).astype(np.int64)
-            left = rivals[row] & self.admits[clue]
-            useful = (left != rivals[row]).any(1)                           # not yet implied
+            before = rivals[row]
+            left = before & self.admits[clue]
+            useful = (left != before).any(1)                                # not yet implied
             rivals[row], chosen[row, used[row]] = left, np.where(useful, clue, 0)
             used[row] += useful
         return chosen[~rivals.any(1)]
