@@ -1,0 +1,123 @@
+"""Measure training and decoding on a device: `python .github/bench.py [cuda | mps | cpu]`.
+
+Training steps a second at the default size, on CUDA also at a GPU's (6 blocks x width 256, batch
+512, side 9), with fresh puzzles and with always the same ones, and with torch.compile, beside a plain GPT of
+torch's own modules; their share of the device's rate in large matrix products; milliseconds a
+board over forward tokens for 1,024 boards at once. A few minutes.
+"""
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import latent  # noqa: E402
+import train_ar  # noqa: E402
+import train_diffusion  # noqa: E402
+from data import TASKS  # noqa: E402
+
+args = train_diffusion.flags().parse_args(["--device", sys.argv[1]] if sys.argv[1:] else [])
+DEVICE, CUDA = args.device, args.device == "cuda"
+HALF = torch.bfloat16 if CUDA and torch.cuda.is_bf16_supported(False) else torch.float32
+
+
+def seconds(work, repeat):
+    """Of one call of `work`, once the device has done all of them; the first call is not timed."""
+    for n in (1, repeat):
+        started = time.time()
+        for _ in range(n):
+            result = work()
+        result.sum().item()                                                 # waits for the device
+    return (time.time() - started) / repeat
+
+
+class Same:
+    """A task whose training puzzles are always the same: what drawing them costs is left out."""
+
+    def __init__(self, task):
+        self.task, self.drawn = task, {}
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def batch(self, n, rng, split):
+        if n not in self.drawn:
+            self.drawn[n] = self.task.batch(n, rng, split)
+        return self.drawn[n]
+
+
+def train_speed(task, name, steps, **flags):
+    """Steps a second of latent.train, from the difference of its last two runs (the first one warms
+    up and compiles), and floating-point operations a step."""
+    times = []
+    for count in (5, 5, steps + 5):
+        with tempfile.TemporaryDirectory() as folder:
+            job = vars(train_ar.flags().parse_args([])) | vars(args) | flags
+            window = "random" if name.startswith("mtp") else None
+            job |= dict(system=name, window=window, seed=0, steps=count, bar=0, size=task.side,
+                        path=Path(folder) / "model.pt")
+            job = type(args)(**job)
+            model = latent.Transformer(task.vocab_size, task.seq_len, job.layers, job.heads,
+                                       job.width).to(DEVICE)
+            started = time.time()
+            latent.train(task, job, model)
+            times.append(time.time() - started)
+    weights = sum(w.numel() for w in model.blocks.parameters()) + model.output.weight.numel()
+    pairs = 2 * job.layers * task.seq_len * job.width           # scores and values, for each token
+    return steps / (times[2] - times[1]), 6 * job.batch_size * task.seq_len * (weights + pairs)
+
+
+def plain_speed(task, steps, layers, heads, width, batch_size, **_):
+    """Steps a second of a GPT of torch's own modules, trained by AdamW on always the same boards."""
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True,
+                                       norm_first=True)
+    model = nn.Sequential(nn.Embedding(task.vocab_size, width),
+                          nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
+                          nn.Linear(width, task.vocab_size)).to(DEVICE)
+    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(task.vocab_size, (batch_size, task.seq_len), device=DEVICE)
+
+    def step():
+        with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
+            loss = nn.functional.cross_entropy(model(tokens).transpose(1, 2), tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        return loss
+    return 1 / seconds(step, steps)
+
+
+large = torch.randn(4096 if CUDA else 1024, 4096 if CUDA else 1024, device=DEVICE, dtype=HALF)
+rate = 2 * len(large)**3 / seconds(lambda: large @ large, 20)
+name = torch.cuda.get_device_name() if CUDA else f"{DEVICE}, {torch.get_num_threads()} threads"
+print(f"{name}, torch {torch.__version__}: large matrix products {rate / 1e12:.2f} TFLOP/s, {HALF}")
+shapes = [("6", 100 if CUDA else 20, dict(layers=3, heads=4, width=64, batch_size=64)),
+          ("9", 30, dict(layers=6, heads=8, width=256, batch_size=512))]
+for size, steps, shape in shapes if CUDA else shapes[:1]:
+    task = TASKS["sudoku"](size)
+    print(f"\nside {size}, {shape}\n{'':12}{'steps/s':>9}{'same puzzles':>14}{'compiled':>10}"
+          f"{'of large products':>19}")
+    for system in latent.SYSTEMS:
+        speed, work = train_speed(task, system, steps, **shape)
+        same = train_speed(Same(task), system, steps, **shape)[0]
+        compiled = float("nan")
+        if CUDA and system in ("ar", "scdm"):
+            compiled = train_speed(task, system, steps, compile=True, **shape)[0]
+        print(f"{system:12}{speed:9.1f}{same:14.1f}{compiled:10.1f}{speed * work / rate:19.1%}")
+    print(f"{'plain GPT':12}{'':9}{plain_speed(task, steps, **shape):14.1f}")
+
+task = TASKS["sudoku"]("6")
+model = latent.Transformer(task.vocab_size, task.seq_len, 3, 4, 64).to(DEVICE)
+boards = torch.zeros(1024, task.seq_len, dtype=torch.long, device=DEVICE)
+print(f"\nside 6, 1,024 boards at once\n{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
+for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0), ("scdm", 0),
+                  ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28), ("mdm", 35)]:
+    spent = latent.decode(model, latent.SYSTEMS[system], boards[:2], 0, k)[1]
+    took = seconds(lambda: latent.decode(model, latent.SYSTEMS[system], boards, 0, k)[0], 1)
+    print(f"{system:12}{k:9}{spent:16}{1000 * took / len(boards):12.2f}")
