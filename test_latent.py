@@ -714,9 +714,9 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
 class Kernels(TorchDispatchMode):
     """Counts what a GPU has to be told: all operations but views."""
     count = 0
-
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += "view" not in operation.name() and not operation.is_view
+        name = operation.name()
+        self.count += name.startswith("aten") and "view" not in name and not operation.is_view
         return operation(*args, **(kwargs or {}))
 
 
@@ -727,7 +727,7 @@ def test_a_training_step_is_few_kernels(tmp_path):
             run(train_ar, "--systems", "control", "--steps", steps, "--out", tmp_path / f"{steps}",
                 experiment=lambda task, args: latent.train(task, args, small_model(6, 36, 3)))
         counts.append(kernels.count)
-    assert 100 < counts[1] - counts[0] <= 280
+    assert 100 < counts[1] - counts[0] <= 260
 
 
 def test_muon_is_that_of_torch():
