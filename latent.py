@@ -204,9 +204,8 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
             if i == 0 or system.order == "left":       # in random order one pass serves every k
-                window = k + 1 if system.order == "left" else T
-                part = tokens[:, :cut + window]                         # the rest would be absent
-                inputs, turn, masked = hide(system, part, prompt_len, mask, cut, window, rng)
+                part = tokens[:, :cut + k + 1] if system.order == "left" else tokens   # the window
+                inputs, turn, masked = hide(system, part, prompt_len, mask, cut, T, rng)
                 ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
@@ -289,8 +288,8 @@ class RunError(Exception):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., kellerjordan.github.io/posts/muon): a step along the orthogonal matrix
-    nearest to the momentum. The same as torch.optim.Muon, but on matrices of one shape at once,
-    (n, rows, columns): a third of the kernels, which is what small models wait for."""
+    nearest to the momentum. As torch.optim.Muon in single precision, but all matrices, of one
+    shape, at once, (n, rows, columns): a third of the kernels, which small models wait for."""
 
     @torch.no_grad()
     def step(self):
@@ -309,7 +308,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, lr):
-    """Muon for the blocks' matrices, kind by kind, AdamW for the rest: better than AdamW alone."""
+    """Muon for the matrices in the blocks, one for each kind; AdamW, worse alone, for the rest."""
     kinds = [*zip(*([w for w in block.parameters() if w.dim() == 2] for block in model.blocks))]
     others = [w for w in model.parameters() if id(w) not in map(id, sum(kinds, ()))]
     return [*(Muon(kind, {"lr": lr}) for kind in kinds),
@@ -332,10 +331,10 @@ def train(task, args, model):
             state = {name: saved[name] for name in state}
             if args.checkpoint or state["step"] >= args.steps:
                 return state
-            for opt, opt_state in zip(opts, saved["optimizers"], strict=True):
+            for opt, opt_state in zip(opts, saved["optimizers"]):
                 opt.load_state_dict(opt_state)
-        except (RuntimeError, KeyError, ValueError):
-            raise RunError(f"{path}: not this model, or only weights; no --resume") from None
+        except Exception:
+            raise RunError(f"{path}: another model, only weights, or older; no --resume") from None
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     forward = torch.compile(cross_entropy) if args.compile else cross_entropy
@@ -383,7 +382,7 @@ def train(task, args, model):
 
 
 def write(path, content):
-    """Write bytes to a file, whole or not at all: a temporary file, then a rename."""
+    """Write bytes to a file, whole or not at all: a temporary file (it stays if this fails)."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -482,7 +481,7 @@ def common_flags(description, tasks, order, default_systems):
     flag("--systems", nargs="+", default=default_systems, choices=systems,
          help=f"what to train [{' '.join(default_systems)}]")
     flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K", help="numbers of "
-         "latent tokens to sweep [0, powers of two, all]; some systems have only one number")
+         "latent tokens to sweep [0, powers of two, all; more is all]; some systems have one")
     flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each [0]")
     for name, kind, default, text in [
             ("steps", at_least(1), 4600, "training steps"),
@@ -493,7 +492,7 @@ def common_flags(description, tasks, order, default_systems):
             ("width", at_least(1), 64, "width of the residual stream"),
             ("samples", at_least(2), 1024, "test puzzles in each evaluation"),
             ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
-            ("jobs", at_least(1), 1 + torch.get_num_threads(), "models to train side by side")]:
+            ("jobs", at_least(1), 3, "models to train side by side")]:
         flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
     flag("--device", default=devices[0], choices=devices, help="[%(default)s]")
     flag("--compile", action="store_true", help="train with torch.compile")
@@ -546,7 +545,7 @@ def work(i, width, lock, failures, task, jobs, experiment):
     for job in jobs[i::width]:
         try:
             experiment(task, job)
-        except (RunError, OSError) as error:                                 # the others go on
+        except (RunError, OSError, torch.OutOfMemoryError) as error:         # the others go on
             failures.put(str(error))
 
 
@@ -586,7 +585,8 @@ ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{exc
        "{unseen:>8.0%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen")
-FOOT = "nats: diffusion's in random order; excess: above the lowest; unseen: valid boards held out"
+FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible;"
+        "\nunseen: of the valid boards, those held out from training")
 
 
 def summary(args):
@@ -640,7 +640,7 @@ def draw(rows, path):
 
 
 if __name__ == "__main__":
-    print("Rows are queries, columns keys, named by their turn, [masked]; AR reads the one before")
+    print("Who sees whom: rows are queries, columns keys, named by their turn, [masked]")
     for system in SYSTEMS.values():
         example = torch.zeros(1, 6, dtype=torch.long), 0, 1, 2, 3 if system.order == "left" else 6
         _, turn, masked = hide(system, *example, np.random.default_rng(0))

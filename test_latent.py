@@ -1,4 +1,5 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
+import importlib.util
 import itertools
 import json
 import math
@@ -624,7 +625,7 @@ def records(folder):
     ("mtp-causal", "--windows 3 --temperature 0", [3], [2], 0, None, None),
     ("control", "--windows all", [16], [15], 1, None, None),
     ("mdm", "", [None], [15], 1, "top-prob", 4),
-    ("sidm", "--order margin --candidates 99", [None], [0], 1, "margin", 16),
+    ("sidm", "--order margin --candidates 99 --compile", [None], [0], 1, "margin", 16),
     ("scdm", "--order uniform", [None], [0, 1, 2, 4, 8, 15], 1, "uniform", 1),
     ("scdm-causal", "--latents 3 all --candidates 5 --temperature 0.5", [None], [3, 11], 0.5,
      "top-prob", 5)])
@@ -650,6 +651,7 @@ def test_an_experiment(tmp_path, monkeypatch, system, flags, windows, sweep, tem
         filled = tokens.clone()
         filled[::3, -1] = 4                                              # wrong
         return filled, 100 + n_latent
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     for name, fake in {"hide": draws, "nats": nats, "decode": decode}.items():
         monkeypatch.setattr(latent, name, fake)
     run(train_diffusion if policy else train_ar, *TINY, "--task", "sudoku-puzzle", "--samples", 600,
@@ -715,19 +717,18 @@ class Kernels(TorchDispatchMode):
     """Counts what a GPU has to be told: all operations but views."""
     count = 0
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.name()
-        self.count += name.startswith("aten") and "view" not in name and not operation.is_view
+        self.count += not (operation.is_view or re.match(".*(profiler|view)", operation.name()))
         return operation(*args, **(kwargs or {}))
 
 
 def test_a_training_step_is_few_kernels(tmp_path):
-    counts = []
+    counts, model = [], small_model(6, 36, 3)
     for steps in (2, 3):
         with Kernels() as kernels:
-            run(train_ar, "--systems", "control", "--steps", steps, "--out", tmp_path / f"{steps}",
-                experiment=lambda task, args: latent.train(task, args, small_model(6, 36, 3)))
+            run(train_ar, *f"--systems mtp --device cpu --steps {steps} --out".split(),
+                tmp_path / str(steps), experiment=lambda task, args: latent.train(task, args, model))
         counts.append(kernels.count)
-    assert 100 < counts[1] - counts[0] <= 260
+    assert 100 < counts[1] - counts[0] <= 300
 
 
 def test_muon_is_that_of_torch():
@@ -742,7 +743,6 @@ def test_muon_is_that_of_torch():
         for muon in muons:
             muon.step()
     for one, two, start in zip(*(model.blocks.parameters() for model in models)):
-        assert one.equal(start) == (one.dim() == 1)
         assert (one - two).norm() <= (one - start).norm() / 50
 
 
@@ -816,6 +816,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, capfd):
         one, two = latent.load(path), latent.load(tmp_path / "whole" / path.name)
         assert all(one["model"][name].equal(two["model"][name]) for name in one["model"])
         assert dict(two["history"]).items() <= dict(one["history"]).items()
+        assert json.loads(path.with_suffix(".json").read_text())["history"] == one["history"]
         assert two["history"][-1][1] < two["history"][0][1]
     assert records(cut) == records(tmp_path / "whole") != []
 
@@ -852,8 +853,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fails(path, *content):
-        with open(path, "ab") as file:
-            file.write(b"half of it")
+        path.open("ab").write(b"half of it")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", fails)
     with pytest.raises(SystemExit, match="2"):
@@ -873,7 +873,7 @@ def test_no_evaluation_replaces_another(tmp_path):
             run(train_diffusion, *flags, *how, *more.split())
             assert records(tmp_path)[:-1] == old
         assert (path.read_bytes() == before) == ("steps" not in more)
-    assert any(tmp_path.glob("*.png")) == ("matplotlib" in sys.modules)
+    assert any(tmp_path.glob("*.png")) == bool(importlib.util.find_spec("matplotlib"))
 
 
 BAD_INPUT = [                              # a script, and flags; one flag or file has to be named
@@ -927,7 +927,7 @@ def test_watch_shows_every_pass_and_records_nothing(tmp_path, capsys):
     for step, frame in enumerate(frames):
         assert frame.count("[") == 1 and frame.count("~") == min(3, 15 - step)
         assert frame.count("%") == 1 + min(3, 15 - step)
-    run(train_ar, *TINY, "--task", "countdown", "--systems", "ar", "--watch", "--out", tmp_path / "c")
+    run(train_ar, *TINY, *"--task countdown --systems ar --watch --out".split(), tmp_path / "c")
     assert "The answer is" in capsys.readouterr().out
 
 

@@ -1,9 +1,9 @@
 """Measure training and decoding on a device: `python .github/bench.py [cuda | mps | cpu]`.
 
 Training steps a second at the default size, on CUDA also at a GPU's (6 blocks x width 256, batch
-512, side 9), with fresh puzzles and with always the same ones, and with torch.compile, beside a plain GPT of
-torch's own modules; their share of the device's rate in large matrix products; milliseconds a
-board over forward tokens for 1,024 boards at once. A few minutes.
+512, side 9), with fresh puzzles and with always the same ones, and with torch.compile, beside a
+plain GPT of torch's own modules; their share of the device's rate in large matrix products;
+milliseconds a board over forward tokens for 1,024 boards at once. A few minutes.
 """
 import os
 import sys
@@ -73,7 +73,7 @@ def train_speed(task, name, steps, **flags):
 
 
 def plain_speed(task, steps, layers, heads, width, batch_size, **_):
-    """Steps a second of a GPT of torch's own modules, trained by AdamW on always the same boards."""
+    """Steps a second of a GPT of torch's own modules, trained by AdamW on the same boards."""
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True,
                                        norm_first=True)
     model = nn.Sequential(nn.Embedding(task.vocab_size, width),
@@ -115,7 +115,8 @@ for size, steps, shape in shapes if CUDA else shapes[:1]:
 task = TASKS["sudoku"]("6")
 model = latent.Transformer(task.vocab_size, task.seq_len, 3, 4, 64).to(DEVICE)
 boards = torch.zeros(1024, task.seq_len, dtype=torch.long, device=DEVICE)
-print(f"\nside 6, 1,024 boards at once\n{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
+print("\nside 6, 1,024 boards at once")
+print(f"{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
 for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0), ("scdm", 0),
                   ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28), ("mdm", 35)]:
     spent = latent.decode(model, latent.SYSTEMS[system], boards[:2], 0, k)[1]
