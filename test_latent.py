@@ -726,7 +726,7 @@ def test_a_training_step_is_few_kernels(tmp_path):
     for steps in (2, 3):
         with Kernels() as kernels:
             run(train_ar, *f"--systems mtp --device cpu --steps {steps} --out".split(),
-                tmp_path / str(steps), experiment=lambda task, args: latent.train(task, args, model))
+                tmp_path / str(steps), experiment=lambda task, job: latent.train(task, job, model))
         counts.append(kernels.count)
     assert 100 < counts[1] - counts[0] <= 300
 
