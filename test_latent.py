@@ -679,9 +679,8 @@ def test_an_experiment(tmp_path, monkeypatch, system, flags, windows, sweep, tem
 
 def test_unseen_is_a_share_of_the_valid_boards(tmp_path, monkeypatch):
     task, rng = Sudoku("4"), np.random.default_rng(1)
-    filled = [task.batch(5, rng, "test"), task.batch(15, rng, "train"), np.zeros((12, 16), int)]
-    filled = torch.from_numpy(np.concatenate(filled))
-    monkeypatch.setattr(latent, "decode", lambda *_, **how: (filled, 7))
+    boards = [task.batch(5, rng, "test"), task.batch(15, rng, "train"), np.zeros((12, 16), int)]
+    monkeypatch.setattr(latent, "decode", lambda *_, **how: (torch.tensor(np.vstack(boards)), 7))
     run(train_diffusion, *TINY, "--systems", "sidm", "--out", tmp_path)
     assert [(r["accuracy"], r["unseen"]) for r in records(tmp_path)] == [(20 / 32, 5 / 20)]
 
@@ -716,6 +715,7 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
 class Kernels(TorchDispatchMode):
     """Counts what a GPU has to be told: all operations but views."""
     count = 0
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count += not (operation.is_view or re.match(".*(profiler|view)", operation.name()))
         return operation(*args, **(kwargs or {}))
