@@ -1,5 +1,4 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
-import importlib.util
 import itertools
 import json
 import math
@@ -32,6 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)         # a background 
 HERE = Path(__file__).parent
 every_system = pytest.mark.parametrize("name", SYSTEMS)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 
 
 def small_model(vocab_size=4, seq_len=12, layers=2):
@@ -158,7 +158,7 @@ def test_visibility_is_the_table_and_says_who_cannot_influence_whom(name, layers
 
 
 # training = decoding ----------------------------------------------------------------------------
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@every_device
 @pytest.mark.parametrize("prompt_len,n_latent", [(0, 0), (0, 11), (3, 0), (3, 1), (3, 4)])
 @every_system
 def test_training_is_decoding(name, prompt_len, n_latent, device):
@@ -352,11 +352,11 @@ def test_decoding_step_by_step(name, policy, candidates):
     assert decode(torch.where(answer, 0, tokens), 0)[0].equal(out)         # no answer leaks into it
 
 
-def fixed(*probabilities):
-    """A model that predicts the same, (T, V), at every place, whatever it reads."""
+def fixed(*table):
+    """A model that predicts the same, a table (T, V) of probabilities, whatever it reads."""
     def model(tokens, positions, visible, cache=None, n_keep=0):
-        return torch.tensor(probabilities).log()[positions.expand(tokens.shape)]
-    model.mask = len(probabilities[0])
+        return torch.tensor(table, device=tokens.device).log()[positions.expand(tokens.shape)]
+    model.mask = len(table[0])
     return model
 
 
@@ -385,12 +385,13 @@ def test_the_order_is_the_policy():
     assert uniform(counts, 4 * 3 * 3)                               # latents are drawn anew
 
 
+@every_device
 @every_system
 @pytest.mark.parametrize("temperature", [0, 0.5, 1, 2])
-def test_sampling_follows_the_distribution(name, temperature):
-    p, n = [0.3, 0.5, 0.2], 20_000
-    out, _ = latent.decode(fixed(p), SYSTEMS[name], torch.zeros(n, 1, dtype=torch.long), 0, 0,
-                           temperature=temperature, generator=torch.Generator().manual_seed(0))
+def test_sampling_follows_the_distribution(name, temperature, device):
+    p, tokens = [0.3, 0.5, 0.2], torch.zeros(n := 20_000, 1, dtype=torch.long, device=device)
+    out, _ = latent.decode(fixed(p), SYSTEMS[name], tokens, 0, 0, temperature=temperature,
+                           generator=torch.Generator(device).manual_seed(0))
     weights = [x ** (1 / temperature) for x in p] if temperature else [0, 1, 0]
     for token, weight in enumerate(weights):
         share = weight / sum(weights)
@@ -406,9 +407,8 @@ def test_everything_stays_on_its_device(name, monkeypatch):
     tokens = torch.zeros(6, 5, dtype=torch.long, device="meta")
     assert {x.device.type for x in draw(name, tokens, 2, 3, model=model)} == {"meta"}
     latent.nats(model, system, tokens, 2, [2], np.random.default_rng(0))
-    for policy, temperature in itertools.product(latent.POLICIES, (0, 1)):
-        out, _ = latent.decode(model, system, tokens, 2, 3, policy, temperature=temperature)
-        assert out.device.type == "meta"
+    for policy, heat in itertools.product(latent.POLICIES, (0, 1)):
+        assert latent.decode(model, system, tokens, 2, 3, policy, temperature=heat)[0].is_meta
     assert 'map_location="cpu"' in (HERE / "latent.py").read_text()       # of a GPU's checkpoints
 
 
@@ -674,7 +674,6 @@ def test_an_experiment(tmp_path, monkeypatch, system, flags, windows, sweep, tem
                     "window": "random" if len(windows) > 1 else windows[0]}
         assert {name: record[name] for name in expected} == expected
         assert record["nats"] == pytest.approx(mean + k)
-        assert sum(len(tokens) for tokens, n, _ in solved if n == k) == 600
 
 
 def test_unseen_is_a_share_of_the_valid_boards(tmp_path, monkeypatch):
@@ -861,7 +860,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_no_evaluation_replaces_another(tmp_path):
+def test_no_evaluation_replaces_another(tmp_path, capsys):
     flags = [*TINY, "--systems", "scdm", "--latents", 0, "--out", tmp_path]
     run(train_diffusion, *flags)
     before = (path := tmp_path / "scdm-s0.pt").read_bytes()
@@ -873,7 +872,7 @@ def test_no_evaluation_replaces_another(tmp_path):
             run(train_diffusion, *flags, *how, *more.split())
             assert records(tmp_path)[:-1] == old
         assert (path.read_bytes() == before) == ("steps" not in more)
-    assert any(tmp_path.glob("*.png")) == bool(importlib.util.find_spec("matplotlib"))
+    assert any(tmp_path.glob("*.png")) != ("No figure" in capsys.readouterr().out)
 
 
 BAD_INPUT = [                              # a script, and flags; one flag or file has to be named
@@ -936,10 +935,11 @@ def test_watch_shows_every_pass_and_records_nothing(tmp_path, capsys):
 def test_training_on_a_gpu(tmp_path, device):
     """The same weights have the same loss; it falls; an interrupted run goes on all the same."""
     flags = [*TINY, "--systems", "scdm", "--device", device, "--steps", 60, "--out"]
-    for name, tokens in itertools.product(SYSTEMS, [random_tokens(64, 12)]):
-        cpu, cuda = (draw(name, tokens.to(place), 3, 4, model=small_model().to(place))[0].item()
-                     for place in ("cpu", device))
-        assert cuda == pytest.approx(cpu, rel=1e-4)
+    for name, half in itertools.product(SYSTEMS, (False, True)):
+        tokens, model = random_tokens(64, 12), small_model().to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = draw(name, tokens.to(device), 3, 4, model=model)[0].item()
+        assert loss == pytest.approx(draw(name, tokens, 3, 4)[0].item(), rel=half * 0.02 or 1e-4)
     run(train_diffusion, *flags, tmp_path / "whole")
     with pytest.raises(SystemExit, match="130"), stops(45, signal.SIGINT):
         run(train_diffusion, *flags, tmp_path / "cut")
