@@ -298,7 +298,7 @@ class Muon(torch.optim.Optimizer):
         momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(gradient))
         x = gradient.lerp(momentum.lerp_(gradient, 0.05), 0.95)                     # Nesterov's
         x = x.mT if (tall := x.shape[1] > x.shape[2]) else x
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        x = F.normalize(x, dim=(1, 2), eps=1e-7)
         for _ in range(5):                    # Newton-Schulz: takes all singular values near 1
             gram = x @ x.mT
             gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
@@ -333,7 +333,7 @@ def train(task, args, model):
                 return state
             for opt, opt_state in zip(opts, saved["optimizers"]):
                 opt.load_state_dict(opt_state)
-        except Exception:
+        except (RuntimeError, KeyError, ValueError):
             raise RunError(f"{path}: another model, only weights, or older; no --resume") from None
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)

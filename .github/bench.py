@@ -13,11 +13,11 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import latent  # noqa: E402
-import train_ar  # noqa: E402
 import train_diffusion  # noqa: E402
 from data import TASKS  # noqa: E402
 
@@ -36,32 +36,16 @@ def seconds(work, repeat):
     return (time.time() - started) / repeat
 
 
-class Same:
-    """A task whose training puzzles are always the same: what drawing them costs is left out."""
-
-    def __init__(self, task):
-        self.task, self.drawn = task, {}
-
-    def __getattr__(self, name):
-        return getattr(self.task, name)
-
-    def batch(self, n, rng, split):
-        if n not in self.drawn:
-            self.drawn[n] = self.task.batch(n, rng, split)
-        return self.drawn[n]
-
-
 def train_speed(task, name, steps, **flags):
     """Steps a second of latent.train, from the difference of its last two runs (the first one warms
     up and compiles), and floating-point operations a step."""
     times = []
     for count in (5, 5, steps + 5):
         with tempfile.TemporaryDirectory() as folder:
-            job = vars(train_ar.flags().parse_args([])) | vars(args) | flags
             window = "random" if name.startswith("mtp") else None
-            job |= dict(system=name, window=window, seed=0, steps=count, bar=0, size=task.side,
-                        path=Path(folder) / "model.pt")
-            job = type(args)(**job)
+            job = dict(system=name, window=window, seed=0, steps=count, bar=0, size=task.side,
+                       path=Path(folder) / "model.pt")
+            job = type(args)(**vars(args) | flags | job)
             model = latent.Transformer(task.vocab_size, task.seq_len, job.layers, job.heads,
                                        job.width).to(DEVICE)
             started = time.time()
@@ -100,12 +84,14 @@ print(f"{name}, torch {torch.__version__}: large matrix products {rate / 1e12:.2
 shapes = [("6", 100 if CUDA else 20, dict(layers=3, heads=4, width=64, batch_size=64)),
           ("9", 30, dict(layers=6, heads=8, width=256, batch_size=512))]
 for size, steps, shape in shapes if CUDA else shapes[:1]:
-    task = TASKS["sudoku"](size)
+    task, same_task = TASKS["sudoku"](size), TASKS["sudoku"](size)
+    puzzles = task.batch(shape["batch_size"], np.random.default_rng(0), "train")
+    same_task.batch = lambda n, rng, split: puzzles           # what drawing costs is left out
     print(f"\nside {size}, {shape}\n{'':12}{'steps/s':>9}{'same puzzles':>14}{'compiled':>10}"
           f"{'of large products':>19}")
     for system in latent.SYSTEMS:
         speed, work = train_speed(task, system, steps, **shape)
-        same = train_speed(Same(task), system, steps, **shape)[0]
+        same = train_speed(same_task, system, steps, **shape)[0]
         compiled = float("nan")
         if CUDA and system in ("ar", "scdm"):
             compiled = train_speed(task, system, steps, compile=True, **shape)[0]
