@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # 1. systems -----------------------------------------------------------------------------------
@@ -315,10 +317,17 @@ def optimizers(model, lr):
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
 
+def batch(task, args, mask, step):
+    """Tokens of a training step, counted from 0, and what `objective` makes of them. They follow
+    from (seed, step) alone: a resumed run goes on exactly, no random state needs saving."""
+    rng = np.random.default_rng((args.seed, step))
+    tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
+    return tokens, *objective(SYSTEMS[args.system], tokens, task.prompt_len, mask, args.window, rng)
+
+
 def train(task, args, model):
-    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint. Data and
-    masks of a step follow from (seed, step) alone, so a resumed run goes on exactly and no random
-    state needs saving. Returns step, minutes, and history: [step, loss] each 50 steps or less."""
+    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint. Returns
+    step, minutes, and history: [step, loss] each 50 steps or less."""
     opts, state = optimizers(model, args.lr), {"step": 0, "minutes": 0.0, "history": []}
     system, path = SYSTEMS[args.system], args.checkpoint or args.path
     if args.checkpoint or (args.resume and path.exists()):
@@ -339,41 +348,36 @@ def train(task, args, model):
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     forward = torch.compile(cross_entropy) if args.compile else cross_entropy
     # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
-    bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = (cuda := args.device == "cuda") and torch.cuda.is_bf16_supported(False)
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
-    bar = tqdm(range(state["step"], args.steps), args.path.stem, args.steps, initial=state["step"],
-               position=args.bar, dynamic_ncols=True)
-    for step in bar:
-        rng = np.random.default_rng((args.seed, step))
-        tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
-        drawn = objective(system, tokens, task.prompt_len, model.mask, args.window, rng)
-        tokens, inputs, turn, masked, weight = (x.to(args.device) for x in (tokens, *drawn))
+    # For a GPU another process draws the batches ahead, into memory that copies do not wait for.
+    batches = DataLoader(range(args.steps), sampler=range(state["step"], args.steps),
+                         collate_fn=partial(batch, task, args, model.mask), batch_size=None,
+                         num_workers=int(cuda), pin_memory=cuda)
+    bar = tqdm(batches, args.path.stem, args.steps, initial=state["step"], position=args.bar)
+    for step, drawn in enumerate(bar, state["step"] + 1):
+        tokens, inputs, turn, masked, weight = (x.to(args.device, non_blocking=cuda) for x in drawn)
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
             ce = forward(model, system, tokens, inputs, turn, masked)
         loss = (weight * ce).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # A short warm-up, then constant, then in the second half linear to 5 %.
-        lr = args.lr * min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / args.steps))
+        lr = args.lr * min(1, step / 100, 0.05 + 1.9 * (1 - (step - 1) / args.steps))
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
-
-        done = step + 1
-        saving = done == args.steps or time.time() - saved_at > 60
-        if saving or done % 50 == 0:                              # .item() waits for the device
+        saving = step == args.steps or time.time() - saved_at > 60
+        if saving or step % 50 == 0:                              # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
-            state["history"].append([done, loss.item()])
+            state["history"].append([step, loss.item()])
             bar.set_postfix_str(f"loss {loss.item():.3f}")
             if (parent := torch.multiprocessing.parent_process()) and not parent.is_alive():
                 raise KeyboardInterrupt                                  # an orphan ends
         if saving:
-            if path.exists() and load(path)["step"] != state["step"]:
-                raise RunError(f"{path}: another run writes it, too; choose another --out")
-            saved_at = time.time()
-            state.update(step=done, minutes=(saved_at - started) / 60)
+            state.update(step=step, minutes=((saved_at := time.time()) - started) / 60)
             torch.save({"settings": {name: getattr(args, name) for name in SETTINGS}, **state,
                         "model": model.state_dict(),
                         "optimizers": [opt.state_dict() for opt in opts]}, file := io.BytesIO())
@@ -400,9 +404,8 @@ def load(path):
 
 # 7. evaluation --------------------------------------------------------------------------------
 def evaluate(task, args, model, state, decode, order=None, candidates=None):
-    """For each number of latent tokens measure nats of --samples test puzzles and decode them; the
-    records go into args.path with the ending .json. A control: `unseen`, the share of the valid
-    boards generated that are held out from training (about 10 %, or the model recites)."""
+    """For each number of latent tokens measure nats of --samples test puzzles and decode them, into
+    args.path with the ending .json. unseen: of the valid boards, the share held out (about 10 %)"""
     if args.watch is not None:
         return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))         # steps use (seed, step < 2**32)
@@ -413,6 +416,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
     path = args.path.with_suffix(".json")
     records = json.loads(path.read_text())["records"] if path.exists() else {}
     bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
+    decode(tokens=parts[0], n_latent=args.latents[0])                           # warms up
     for k, nats_of_k in zip(bar, measured.tolist()):
         generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
         done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
@@ -443,7 +447,6 @@ def watch(task, args, decode):
                 if place != decoded[0, 0]:
                     style, shown[place] = " {} " if i < c else " {}~", p.argmax().item()
                 form[place] = f"{style}{100 * p[shown[place]]:3.0f}%"
-
             board = task.show(shown, lambda place, text: form.get(place, " {}     ").format(text))
             text = f"\n{args.path.stem}, {k} latent tokens\n{board}"
             print(text, flush=True)
@@ -474,8 +477,7 @@ def common_flags(description, tasks, order, default_systems):
     flag = parser.add_argument
     sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    devices = [*filter(there.get, there), "cpu"]
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     flag("--task", default="sudoku", choices=tasks, help="the puzzle [%(default)s]")
     flag("--size", help=f"its size and [default]: {sizes}")
     flag("--systems", nargs="+", default=default_systems, choices=systems,
@@ -562,18 +564,17 @@ def main(parser, tasks, make_jobs, experiment):
         if width == 1:
             work(0, *shared)
         else:
-            torch.multiprocessing.spawn(work, shared, width, daemon=True)
+            torch.multiprocessing.spawn(work, shared, width)
         if args.watch is None and (rows := summary(args)):
             draw(rows, args.out / "latents.png")
             lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
-            if any(row["unseen"] < 0.02 for row in rows):
-                print("Where hardly any valid board is unseen, the model recites.")
             if {row["system"] for row in rows if row["step"] < 1500} > {"ar"}:
                 print("Short runs favour AR: the others learn later.")
         if not failures.empty():
             raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
     except KeyboardInterrupt:
+        [process.terminate() for process in torch.multiprocessing.active_children()]
         parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
     except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
         parser.error(str(error))
@@ -585,8 +586,7 @@ ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{exc
        "{unseen:>8.0%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen")
-FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible;"
-        "\nunseen: of the valid boards, those held out from training")
+FOOT = "excess: nats above the lowest possible; unseen: held out from training, of the valid boards"
 
 
 def summary(args):

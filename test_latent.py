@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import latent
 import train_ar
@@ -646,7 +647,7 @@ def test_an_experiment(tmp_path, monkeypatch, system, flags, windows, sweep, tem
         assert the_system is SYSTEMS[system] and prompt_len == 16
         return tokens[:, 0].float().mean() + torch.tensor(n_latents)
 
-    def decode(model, the_system, tokens, n_latent, generator, **how):
+    def decode(model, the_system, tokens, n_latent, generator=None, **how):
         solved.append((tokens, n_latent, how))
         assert the_system is SYSTEMS[system]
         filled = tokens.clone()
@@ -789,27 +790,28 @@ def test_processes_end_together(tmp_path, sent, when):
 
 def stops(step, sent):
     """A clock that runs fast, so that checkpoints are written, and a signal in this step."""
-    draws = [latent.objective] * step + [lambda *_: os.kill(os.getpid(), sent)]
-    return mock.patch.multiple(latent, objective=lambda *those: draws.pop(0)(*those),
+    steps = [latent.cross_entropy] * step + [lambda *_: os.kill(os.getpid(), sent)]
+    return mock.patch.multiple(latent, cross_entropy=lambda *those: steps.pop(0)(*those),
                                time=SimpleNamespace(time=itertools.count(0, 9).__next__))
 
 
 def ends_badly(task, args):
-    """Seed 0 goes wrong: killed, a loss that is not finite, or another run writes it, too."""
+    """Seed 0 goes wrong: killed, or a loss that is not finite."""
     if args.seed == 0:
-        if args.temperature == 2:
-            train_diffusion.experiment(task, args)
         args.lr = math.inf if args.temperature == 1 else args.lr
     with stops(150 if args.seed == args.temperature == 0 else 999, signal.SIGTERM):
         train_diffusion.experiment(task, args)
 
 
-def test_a_killed_run_resumes_exactly(tmp_path, capfd):
+def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch, capfd):
+    """And another process may draw the batches ahead, as for a GPU."""
     flags, cut = "--seeds 0 1 --systems scdm --steps 200 --temperature 0".split(), tmp_path / "cut"
     with pytest.raises(SystemExit, match="2"):
         run(train_diffusion, *TINY, *flags, "--jobs", 2, "--out", cut, experiment=ends_badly)
     assert 0 < latent.load(cut / "scdm-s0.pt")["step"] <= 150
-    for folder in (cut, tmp_path / "whole"):
+    ahead = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    for folder, how in (cut, {}), (tmp_path / "whole", ahead):
+        monkeypatch.setattr(latent, "DataLoader", lambda *a, **b: DataLoader(*a, **b | how))
         run(train_diffusion, *TINY, *flags, "--out", folder, "--resume")
     assert len(re.findall(r"whole/scdm-s\d.pt is not there", capfd.readouterr().err)) == 2
     for path in cut.glob("*.pt"):
@@ -831,7 +833,7 @@ def test_scripts_side_by_side_in_one_folder(tmp_path):
     assert len(re.findall("AR.*%", (tmp_path / "train_ar.log").read_text())) >= 6      # the table
 
 
-@pytest.mark.parametrize("jobs,temperature", [(1, 1), (2, 1), (2, 0), (1, 2)])
+@pytest.mark.parametrize("jobs,temperature", [(1, 1), (2, 1), (2, 0)])
 def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd, jobs, temperature):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)                    # nor does this
     with pytest.raises(SystemExit, match="2"):
@@ -840,11 +842,9 @@ def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd, jobs, 
     out, err = capfd.readouterr()
     assert "Traceback" not in err and "error" in err.splitlines()[-1]
     if temperature:
-        seeds = {1, 2} if temperature == 1 else {0, 1, 2}
-        assert {r["seed"] for r in records(tmp_path)} == seeds and "forward tokens" in out
-        assert {path.name for path in tmp_path.glob("*.pt")} == {f"sidm-s{s}.pt" for s in seeds}
-        why = "loss nan" if temperature == 1 else "another run writes it, too; choose another --out"
-        assert "No figure" in out and f"sidm-s0.pt: {why}" in err.splitlines()[-1]
+        assert {r["seed"] for r in records(tmp_path)} == {1, 2} and "forward tokens" in out
+        assert {path.name for path in tmp_path.glob("*.pt")} == {"sidm-s1.pt", "sidm-s2.pt"}
+        assert "No figure" in out and "sidm-s0.pt: loss nan" in err.splitlines()[-1]
 
 
 def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):

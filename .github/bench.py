@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -77,34 +78,39 @@ def plain_speed(task, steps, layers, heads, width, batch_size, **_):
     return 1 / seconds(step, steps)
 
 
-large = torch.randn(4096 if CUDA else 1024, 4096 if CUDA else 1024, device=DEVICE, dtype=HALF)
-rate = 2 * len(large)**3 / seconds(lambda: large @ large, 20)
-name = torch.cuda.get_device_name() if CUDA else f"{DEVICE}, {torch.get_num_threads()} threads"
-print(f"{name}, torch {torch.__version__}: large matrix products {rate / 1e12:.2f} TFLOP/s, {HALF}")
-shapes = [("6", 100 if CUDA else 20, dict(layers=3, heads=4, width=64, batch_size=64)),
-          ("9", 30, dict(layers=6, heads=8, width=256, batch_size=512))]
-for size, steps, shape in shapes if CUDA else shapes[:1]:
-    task, same_task = TASKS["sudoku"](size), TASKS["sudoku"](size)
-    puzzles = task.batch(shape["batch_size"], np.random.default_rng(0), "train")
-    same_task.batch = lambda n, rng, split: puzzles           # what drawing costs is left out
-    print(f"\nside {size}, {shape}\n{'':12}{'steps/s':>9}{'same puzzles':>14}{'compiled':>10}"
-          f"{'of large products':>19}")
-    for system in latent.SYSTEMS:
-        speed, work = train_speed(task, system, steps, **shape)
-        same = train_speed(same_task, system, steps, **shape)[0]
-        compiled = float("nan")
-        if CUDA and system in ("ar", "scdm"):
-            compiled = train_speed(task, system, steps, compile=True, **shape)[0]
-        print(f"{system:12}{speed:9.1f}{same:14.1f}{compiled:10.1f}{speed * work / rate:19.1%}")
-    print(f"{'plain GPT':12}{'':9}{plain_speed(task, steps, **shape):14.1f}")
+def same_puzzles(puzzles, n, rng, split):
+    return puzzles
 
-task = TASKS["sudoku"]("6")
-model = latent.Transformer(task.vocab_size, task.seq_len, 3, 4, 64).to(DEVICE)
-boards = torch.zeros(1024, task.seq_len, dtype=torch.long, device=DEVICE)
-print("\nside 6, 1,024 boards at once")
-print(f"{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
-for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0), ("scdm", 0),
-                  ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28), ("mdm", 35)]:
-    spent = latent.decode(model, latent.SYSTEMS[system], boards[:2], 0, k)[1]
-    took = seconds(lambda: latent.decode(model, latent.SYSTEMS[system], boards, 0, k)[0], 1)
-    print(f"{system:12}{k:9}{spent:16}{1000 * took / len(boards):12.2f}")
+
+if __name__ == "__main__":                        # processes that draw batches import this file
+    large = torch.randn(4096 if CUDA else 1024, 4096 if CUDA else 1024, device=DEVICE, dtype=HALF)
+    rate = 2 * len(large)**3 / seconds(lambda: large @ large, 20)
+    name = torch.cuda.get_device_name() if CUDA else f"{DEVICE}, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}: large matrix products {rate / 1e12:.2f} TFLOP/s, {HALF}")
+    shapes = [("6", 100 if CUDA else 20, dict(layers=3, heads=4, width=64, batch_size=64)),
+              ("9", 30, dict(layers=6, heads=8, width=256, batch_size=512))]
+    for size, steps, shape in shapes if CUDA else shapes[:1]:
+        task, same_task = TASKS["sudoku"](size), TASKS["sudoku"](size)
+        puzzles = task.batch(shape["batch_size"], np.random.default_rng(0), "train")
+        same_task.batch = partial(same_puzzles, puzzles)          # what drawing costs is left out
+        print(f"\nside {size}, {shape}\n{'':12}{'steps/s':>9}{'same puzzles':>14}{'compiled':>10}"
+              f"{'of large products':>19}")
+        for system in latent.SYSTEMS:
+            speed, work = train_speed(task, system, steps, **shape)
+            same = train_speed(same_task, system, steps, **shape)[0]
+            compiled = float("nan")
+            if CUDA and system == "scdm":
+                compiled = train_speed(task, system, steps, compile=True, **shape)[0]
+            print(f"{system:12}{speed:9.1f}{same:14.1f}{compiled:10.1f}{speed * work / rate:19.2%}")
+        print(f"{'plain GPT':12}{'':9}{plain_speed(task, steps, **shape):14.1f}")
+
+    task = TASKS["sudoku"]("6")
+    model = latent.Transformer(task.vocab_size, task.seq_len, 3, 4, 64).to(DEVICE)
+    boards = torch.zeros(1024, task.seq_len, dtype=torch.long, device=DEVICE)
+    print("\nside 6, 1,024 boards at once")
+    print(f"{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
+    for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0), ("scdm", 0),
+                      ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28), ("mdm", 35)]:
+        spent = latent.decode(model, latent.SYSTEMS[system], boards[:2], 0, k)[1]
+        took = seconds(lambda: latent.decode(model, latent.SYSTEMS[system], boards, 0, k)[0], 1)
+        print(f"{system:12}{k:9}{spent:16}{1000 * took / len(boards):12.2f}")
