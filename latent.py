@@ -396,8 +396,7 @@ def load(path):
     """Read a checkpoint, without running code that it may hold."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["settings"] = {name: saved["settings"][name] for name in SETTINGS}
-        return saved
+        return saved | {"settings": {name: saved["settings"][name] for name in SETTINGS}}
     except Exception as error:
         raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
 
@@ -574,7 +573,8 @@ def main(parser, tasks, make_jobs, experiment):
         if not failures.empty():
             raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
     except KeyboardInterrupt:
-        [process.terminate() for process in torch.multiprocessing.active_children()]
+        for process in torch.multiprocessing.active_children():
+            process.terminate()
         parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
     except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
         parser.error(str(error))

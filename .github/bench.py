@@ -86,7 +86,7 @@ if __name__ == "__main__":                        # processes that draw batches 
     large = torch.randn(4096 if CUDA else 1024, 4096 if CUDA else 1024, device=DEVICE, dtype=HALF)
     rate = 2 * len(large)**3 / seconds(lambda: large @ large, 20)
     name = torch.cuda.get_device_name() if CUDA else f"{DEVICE}, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}: large matrix products {rate / 1e12:.2f} TFLOP/s, {HALF}")
+    print(f"{name}, torch {torch.__version__}: large products {rate / 1e12:.2f} TFLOP/s, {HALF}")
     shapes = [("6", 100 if CUDA else 20, dict(layers=3, heads=4, width=64, batch_size=64)),
               ("9", 30, dict(layers=6, heads=8, width=256, batch_size=512))]
     for size, steps, shape in shapes if CUDA else shapes[:1]:
@@ -109,8 +109,9 @@ if __name__ == "__main__":                        # processes that draw batches 
     boards = torch.zeros(1024, task.seq_len, dtype=torch.long, device=DEVICE)
     print("\nside 6, 1,024 boards at once")
     print(f"{'':12}{'latent':>9}{'forward tokens':>16}{'ms a board':>12}")
-    for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0), ("scdm", 0),
-                      ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28), ("mdm", 35)]:
+    for system, k in [("ar", 0), ("mtp", 0), ("mtp", 35), ("mtp-causal", 35), ("sidm", 0),
+                      ("scdm", 0), ("scdm", 28), ("scdm-causal", 0), ("scdm-causal", 28),
+                      ("mdm", 35)]:
         spent = latent.decode(model, latent.SYSTEMS[system], boards[:2], 0, k)[1]
         took = seconds(lambda: latent.decode(model, latent.SYSTEMS[system], boards, 0, k)[0], 1)
         print(f"{system:12}{k:9}{spent:16}{1000 * took / len(boards):12.2f}")
