@@ -347,8 +347,7 @@ def train(task, args, model):
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     forward = torch.compile(cross_entropy) if args.compile else cross_entropy
-    # bf16 for the large products on a GPU that has it, not one that emulates it; else float32.
-    bf16 = (cuda := args.device == "cuda") and torch.cuda.is_bf16_supported(False)
+    bf16 = (cuda := args.device == "cuda") and torch.cuda.is_bf16_supported(False)  # not emulated
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
     # For a GPU another process draws the batches ahead, into memory that copies do not wait for.
     batches = DataLoader(range(args.steps), sampler=range(state["step"], args.steps),
@@ -421,8 +420,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
         done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
         filled = torch.cat([filled for filled, _ in done]).cpu().numpy()
         seconds, right = time.time() - started, task.correct(filled)
-        generated = right.any() and task.prompt_len == 0
-        unseen = task.held_out(filled[right]).mean().item() if generated else None
+        unseen = task.held_out(filled[right]).mean() if any(right) and not task.prompt_len else None
         how = {name: getattr(args, name) for name in (*SETTINGS, "temperature", "samples")}
         how.update(step=state["step"], n_latent=k, order=order, candidates=candidates)
         records[json.dumps(how)] = {                 # only the same measurement replaces it
@@ -543,6 +541,8 @@ def work(i, width, lock, failures, task, jobs, experiment):
     """Process i of `width` runs experiment(task, job) for every width-th job."""
     tqdm.set_lock(lock)
     torch.set_num_threads(max(1, torch.get_num_threads() // width))
+    if jobs[0].device == "cuda":
+        torch.cuda.set_device(i % torch.cuda.device_count())                # several in turn
     for job in jobs[i::width]:
         try:
             experiment(task, job)
