@@ -151,7 +151,7 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
     """cut: a number or (B, 1). Tokens of an earlier turn stay known, the next `window` are masked,
     the rest is absent; AR knows all. Returns what the model reads, turn, masked, each (B, T)."""
     B, T = tokens.shape
-    turn = torch.arange(T).expand(B, T)
+    turn = torch.arange(T).repeat(B, 1)
     if system.order == "random":
         shuffled = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))        # 0..A-1
         turn = torch.cat([turn[:, :prompt_len], prompt_len + shuffled], dim=1)
@@ -347,12 +347,12 @@ def train(task, args, model):
     elif args.resume:
         tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
     forward = torch.compile(cross_entropy) if args.compile else cross_entropy
-    bf16 = (cuda := args.device == "cuda") and torch.cuda.is_bf16_supported(False)  # not emulated
+    cuda = args.device == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)        # else float32
     saved_at, started = time.time(), time.time() - 60 * state["minutes"]
-    # For a GPU another process draws the batches ahead, into memory that copies do not wait for.
     batches = DataLoader(range(args.steps), sampler=range(state["step"], args.steps),
                          collate_fn=partial(batch, task, args, model.mask), batch_size=None,
-                         num_workers=int(cuda), pin_memory=cuda)
+                         num_workers=int(cuda), pin_memory=cuda)  # another process draws ahead
     bar = tqdm(batches, args.path.stem, args.steps, initial=state["step"], position=args.bar)
     for step, drawn in enumerate(bar, state["step"] + 1):
         tokens, inputs, turn, masked, weight = (x.to(args.device, non_blocking=cuda) for x in drawn)
@@ -402,8 +402,8 @@ def load(path):
 
 # 7. evaluation --------------------------------------------------------------------------------
 def evaluate(task, args, model, state, decode, order=None, candidates=None):
-    """For each number of latent tokens measure nats of --samples test puzzles and decode them, into
-    args.path with the ending .json. unseen: of the valid boards, the share held out (about 10 %)"""
+    """For each number of latent tokens measure nats of --samples test puzzles and decode them.
+    Records go to args.path, as .json. `unseen`: of the valid boards, the share held out (10 %)."""
     if args.watch is not None:
         return watch(task, args, decode)
     rng = np.random.default_rng((args.seed, 2**32 + 1))         # steps use (seed, step < 2**32)
@@ -414,7 +414,7 @@ def evaluate(task, args, model, state, decode, order=None, candidates=None):
     path = args.path.with_suffix(".json")
     records = json.loads(path.read_text())["records"] if path.exists() else {}
     bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
-    decode(tokens=parts[0], n_latent=args.latents[0])                           # warms up
+    decode(tokens=parts[0], n_latent=args.latents[0])[0].cpu()                  # warms up
     for k, nats_of_k in zip(bar, measured.tolist()):
         generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
         done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
@@ -568,16 +568,15 @@ def main(parser, tasks, make_jobs, experiment):
             draw(rows, args.out / "latents.png")
             lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
-            if {row["system"] for row in rows if row["step"] < 1500} > {"ar"}:
-                print("Short runs favour AR: the others learn later.")
         if not failures.empty():
             raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
     except KeyboardInterrupt:
-        for process in torch.multiprocessing.active_children():
-            process.terminate()
         parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
     except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
         parser.error(str(error))
+    finally:
+        for process in torch.multiprocessing.active_children():
+            process.terminate()
 
 
 MEANS = "accuracy nats nats_floor unseen forward_tokens ms_per_puzzle train_minutes"
@@ -586,7 +585,8 @@ ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{exc
        "{unseen:>8.0%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen")
-FOOT = "excess: nats above the lowest possible; unseen: held out from training, of the valid boards"
+FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible;"
+        "\nunseen: of the valid boards, those held out from training. Short runs favour AR.")
 
 
 def summary(args):
