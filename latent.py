@@ -633,7 +633,7 @@ def draw(rows, path):
                   ylabel=y.replace("excess", "nats above the lowest possible"))
         if x == "n_latent":
             panel.set_xscale("symlog", linthresh=1)
-            panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks)
+            panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks, rotation=60)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
     print(f"The figure is {path}")
