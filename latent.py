@@ -349,7 +349,7 @@ def train(task, args, model):
     forward = torch.compile(cross_entropy) if args.compile else cross_entropy
     cuda = args.device == "cuda"
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)        # else float32
-    saved_at, started = time.time(), time.time() - 60 * state["minutes"]
+    started = time.time() - 60 * state["minutes"]
     batches = DataLoader(range(args.steps), sampler=range(state["step"], args.steps),
                          collate_fn=partial(batch, task, args, model.mask), batch_size=None,
                          num_workers=int(cuda), pin_memory=cuda)  # another process draws ahead
@@ -367,7 +367,7 @@ def train(task, args, model):
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
-        saving = step == args.steps or time.time() - saved_at > 60
+        saving = step == args.steps or time.time() - started > 60 * (state["minutes"] + 1)
         if saving or step % 50 == 0:                              # .item() waits for the device
             if not math.isfinite(loss.item() + norm.item()):
                 raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
@@ -376,7 +376,7 @@ def train(task, args, model):
             if (parent := torch.multiprocessing.parent_process()) and not parent.is_alive():
                 raise KeyboardInterrupt                                  # an orphan ends
         if saving:
-            state.update(step=step, minutes=((saved_at := time.time()) - started) / 60)
+            state.update(step=step, minutes=(time.time() - started) / 60)
             torch.save({"settings": {name: getattr(args, name) for name in SETTINGS}, **state,
                         "model": model.state_dict(),
                         "optimizers": [opt.state_dict() for opt in opts]}, file := io.BytesIO())
