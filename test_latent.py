@@ -181,12 +181,10 @@ def test_training_is_decoding(name, prompt_len, n_latent, device):
                     order += [p for p in range(T) if p not in order]
                 turn = torch.full((1, T), -1, device=device)
                 turn[0, order] = torch.arange(len(order), device=device)
-                masked = turn >= n
-                hidden = torch.where((0 <= turn) & ~masked, row, 4), turn, masked
+                hidden = torch.where((0 <= turn) & (turn < n), row, 4), turn, turn >= n
             latent.cross_entropy(model, system, row, *hidden)
             torch.testing.assert_close(logits[b, i], model.calls[-1][-1][0, place])
-        for b in range(3):
-            known[b].append(decoded[b, 0].item())
+        known = [row + place for row, place in zip(known, decoded.tolist())]
 
 
 def test_forward_tokens_are_as_promised():
@@ -291,8 +289,7 @@ def test_nats_are_those_of_all_orders(name, prompt_len):
     rows = random_tokens(2, prompt_len + A)
     tokens = rows.repeat_interleave(24, 0)
     sweep = {"sidm": [0], "mdm": [A - 1], "ar": [0]}.get(name, [0, 1, 2, A - 1])
-    expected = [np.mean([naive_nats(model, name, row, prompt_len, k) for row in rows])
-                for k in sweep]
+    expected = [np.mean([naive_nats(model, name, r, prompt_len, k) for r in rows]) for k in sweep]
     for step in (1, -1):
         measured = latent.nats(model, system, tokens, prompt_len, sweep[::step], ALL_ORDERS)
         assert measured.tolist() == pytest.approx(expected[::step], rel=1e-5)
@@ -448,14 +445,12 @@ def naive_solutions(puzzle, side, limit=2):
 
 
 def naive_puzzle(task, prompt):
-    """The grid of a Sudoku puzzle, with `side` for blanks, from a grid or from a list: cell, digit,
-    cell, digit, ..., blanks."""
+    """The grid of a Sudoku puzzle, with `side` for blanks, from a grid or from a list of givens."""
     if task.prompt != "list":
         return prompt
-    pairs = zip(prompt[::2], prompt[1::2])
-    given = {cell - task.side - 1: digit for cell, digit in pairs if cell != task.side}
-    pairs = [x for cell in sorted(given) for x in (cell + task.side + 1, given[cell])]
-    assert prompt == pairs + [task.side] * (len(prompt) - len(pairs))
+    tokens = sorted(token for token in prompt if token != task.side)
+    assert prompt == tokens + [task.side] * (len(prompt) - len(tokens))
+    given = dict(divmod(token - task.side - 1, task.side) for token in tokens)
     return [given.get(cell, task.side) for cell in range(task.side**2)]
 
 
@@ -877,16 +872,16 @@ def test_no_evaluation_replaces_another(tmp_path, capsys):
 
 
 BAD_INPUT = [                              # a script, and flags; one flag or file has to be named
-    "train_ar --systems mdm", "train_ar --out torn.pt", "train_ar --device tpu",
-    "train_ar --windows 0", "train_ar --samples 1", "train_ar --seeds -1", "train_ar --heads 3",
-    "train_ar --steps 0", "train_ar --lr inf", "train_ar --lr nan",
-    "train_diffusion --candidates 0", "train_ar --checkpoint torn.pt", "train_ar --order top-prob",
-    "train_diffusion --checkpoint code.pt", "train_ar --checkpoint missing.pt", "train_ar --size 5",
-    "train_diffusion --checkpoint misfit.pt", "train_diffusion --out ../bad0 --size 4",
-    "train_ar --checkpoint scdm-s0.pt", "train_ar --checkpoint foreign.pt", "train_ar --windows 37",
+    "train_diffusion --out weights --size 4 --systems scdm --width 16 --layers 1 --resume",
     "train_diffusion --layers 3 --out ../bad0 --size 4 --systems scdm --resume",
     "train_diffusion --checkpoint weights/scdm-s0.pt --out ../bad0", "train_diffusion --latents -1",
-    "train_diffusion --out weights --size 4 --systems scdm --width 16 --layers 1 --resume"]
+    "train_diffusion --checkpoint misfit.pt", "train_diffusion --out ../bad0 --size 4",
+    "train_diffusion --checkpoint code.pt", "train_ar --checkpoint missing.pt", "train_ar --lr inf",
+    "train_ar --checkpoint scdm-s0.pt", "train_ar --checkpoint foreign.pt", "train_ar --device tpu",
+    "train_diffusion --candidates 0", "train_ar --checkpoint torn.pt", "train_ar --order top-prob",
+    "train_ar --systems mdm", "train_ar --out torn.pt", "train_ar --windows 37",
+    "train_ar --windows 0", "train_ar --samples 1", "train_ar --seeds -1", "train_ar --heads 3",
+    "train_ar --steps 0", "train_ar --lr nan", "train_ar --size 5"]
 
 
 @pytest.fixture(scope="module")
@@ -930,7 +925,7 @@ def test_watch_shows_every_pass_and_records_nothing(tmp_path, capsys):
     assert "The answer is" in capsys.readouterr().out
 
 
-# not in the default run: -m gpu ------------------------------------------------------------------
+# not in the default run: -m gpu, -m bench ---------------------------------------------------------
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
 def test_training_on_a_gpu(tmp_path, device):
     """The same weights have the same loss; it falls; an interrupted run goes on all the same."""
@@ -948,3 +943,8 @@ def test_training_on_a_gpu(tmp_path, device):
     run(train_ar, *TINY, "--device", device, "--jobs", 2, "--out", tmp_path / "two at once")
     assert two[60] < two[min(two)] - 0.05
     assert [one[50], one[60]] == pytest.approx([two[50], two[60]], abs=0.02)
+
+
+@pytest.mark.bench
+def test_speed():                                     # prints a table, which -s shows
+    subprocess.run([sys.executable, HERE / ".github/bench.py"], check=True)

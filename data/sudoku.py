@@ -109,10 +109,10 @@ class Sudoku:
 
 class SudokuPuzzle(Sudoku):
     """Complete a puzzle that has exactly one solution. The answer is the whole grid; the prompt is
-    the grid with blanks (token `side`), or the list of the givens: cell (tokens from side + 1 on)
-    and digit, in the order of the cells, padded with blanks. Every puzzle can be solved with two
-    deductions alone, a cell with one digit left and a digit with one cell left in its row, column
-    or box, which proves that its solution is the only one."""
+    the grid with blanks (token `side`), or the list of the givens in the order of the cells, padded
+    with blanks: one token, side + 1 + cell * side + digit, says the cell and its digit. Every
+    puzzle can be solved with two deductions alone, a cell with one digit left and a digit with one
+    cell left in its row, column or box, which proves that its solution is the only one."""
 
     name = "sudoku-puzzle"
     sizes, default_size = ("4", "6", "9", "4-list", "6-list", "9-list"), "6"
@@ -122,8 +122,8 @@ class SudokuPuzzle(Sudoku):
         super().__init__(side)
         cells, self.blank = self.side**2, self.side
         self.givens, self.prompt = GIVENS[self.side], prompt or "grid"
-        self.vocab_size = self.side + 1 + (cells if prompt == "list" else 0)
-        self.prompt_len = 2 * self.givens[1] if prompt == "list" else cells
+        self.vocab_size = self.side + 1 + (cells * self.side if prompt == "list" else 0)
+        self.prompt_len = self.givens[1] if prompt == "list" else cells
         self.seq_len = self.prompt_len + cells
         self.floor_nats = 0.0
         cell_in_unit = (np.arange(self.side**2)[:, None, None] == self.units).any(2)
@@ -141,10 +141,9 @@ class SudokuPuzzle(Sudoku):
         if self.prompt == "grid":
             prompt = np.where(given, boards, self.blank)
         else:
-            cell = np.argsort(~given, axis=1, kind="stable")[:, :self.givens[1]]   # givens first
-            pairs = np.stack([self.side + 1 + cell, np.take_along_axis(boards, cell, 1)], axis=2)
-            pairs[~np.take_along_axis(given, cell, 1)] = self.blank
-            prompt = pairs.reshape(len(pairs), self.prompt_len)
+            cell = np.argsort(~given, axis=1, kind="stable")[:, :self.prompt_len]  # givens first
+            prompt = self.side + 1 + cell * self.side + np.take_along_axis(boards, cell, 1)
+            prompt[~np.take_along_axis(given, cell, 1)] = self.blank
         puzzles = np.concatenate([prompt, boards], axis=1)
         if len(puzzles) < n:
             puzzles = np.concatenate([puzzles, self.batch(n - len(puzzles), rng, split)])
@@ -177,9 +176,8 @@ class SudokuPuzzle(Sudoku):
         if self.prompt == "grid":
             return tokens[:, :self.prompt_len]
         grid = np.full((len(tokens), self.side**2 + 1), self.blank)    # the padding's cell is last
-        cell, digit = tokens[:, :self.prompt_len].reshape(len(tokens), -1, 2).transpose(2, 0, 1)
-        cell = np.where(cell == self.blank, -1, cell - self.side - 1)
-        np.put_along_axis(grid, cell, digit, axis=1)
+        cell, digit = np.divmod(tokens[:, :self.prompt_len] - self.side - 1, self.side)
+        np.put_along_axis(grid, cell, digit, axis=1)          # a blank is cell -1, digit side - 1
         return grid[:, :-1]
 
     def correct(self, tokens):
