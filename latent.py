@@ -61,7 +61,7 @@ SYSTEMS = {
 
 
 def visibility(system, turn, masked):
-    """The four cells of the paper's table (section 3). turn (B, T) int, masked (B, T) bool ->
+    """Who sees whom (paper, section 3), in four cells. turn (B, T) int, masked (B, T) bool ->
     (B, T, T) bool: may the query (middle index) attend to the key (last index)?"""
     query, key = turn[:, :, None], turn[:, None, :]
     everything = key >= 0                                          # nobody sees an absent token
@@ -158,7 +158,7 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
     turn = turn.to(tokens.device)
     if system.shifted:
         return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
-    turn = torch.where(turn < cut + window, turn, -1)               # so absent ones are < cut, too
+    turn = torch.where(turn < cut + window, turn, -1)                 # absent ones are < cut, too
     known = (0 <= turn) & (turn < cut)
     return torch.where(known, tokens, mask), turn, turn >= cut
 
@@ -168,8 +168,8 @@ def objective(system, tokens, prompt_len, mask, window, rng):
     or in random order masked diffusion's random number of masks. The window is a number, "random"
     (drawn for the whole batch, uniformly from 1 to A), or None: all. Returns inputs, turn, masked,
     and the weight of each token's cross-entropy in the loss, each (B, T). The plain mean over
-    masked tokens has the same minimiser as diffusion's ELBO, which weights each row's sum by A over
-    its number of masks, and less variance."""
+    masked tokens has, for a model that can fit everything, the same minimiser as diffusion's ELBO,
+    which weights each row's sum by A over its number of masks; and it has less variance."""
     B, T = tokens.shape
     if window == "random":
         window = rng.integers(1, T - prompt_len, endpoint=True)
@@ -206,7 +206,7 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
             if i == 0 or system.order == "left":       # in random order one pass serves every k
-                part = tokens[:, :cut + k + 1] if system.order == "left" else tokens   # the window
+                part = tokens[:, :cut + k + 1] if system.order == "left" else tokens  # k + 1 masked
                 inputs, turn, masked = hide(system, part, prompt_len, mask, cut, T, rng)
                 ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
@@ -252,10 +252,8 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
         if system.order == "random":
             shuffled = torch.rand(B, T - n, generator=generator, device=tokens.device).argsort(1)
             unknown = unknown.gather(1, shuffled)
-            # Latent tokens have the next turns, all candidates the one after: so in SCDM these see
-            # the latent tokens and not each other.
-            after = torch.full_like(turn[:, :c], n + k)
-            turn = torch.cat([turn[:, :n], after, turn[:, n:n + k]], dim=1)
+            turn[:, n + c:] -= c             # latent tokens have the next turns, all candidates the
+            turn[:, n:n + c] = n + k         # one after: in SCDM these see those, not each other
         positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]       # what is new
         inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
         masked = (turn >= n) & (not system.shifted)
@@ -395,7 +393,7 @@ def load(path):
     """Read a checkpoint, without running code that it may hold."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved | {"settings": {name: saved["settings"][name] for name in SETTINGS}}
+        return saved | {"settings": {name: saved["settings"].get(name) for name in SETTINGS}}
     except Exception as error:
         raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
 
@@ -585,8 +583,8 @@ ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{exc
        "{unseen:>8.0%}")
 HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
         "  ms/puzzle    step  minutes  seeds  unseen")
-FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the lowest possible;"
-        "\nunseen: of the valid boards, those held out from training. Short runs favour AR.")
+FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the entropy of all"
+        " right answers;\nunseen: of the valid boards, those held out. Short runs favour AR.")
 
 
 def summary(args):
@@ -599,7 +597,7 @@ def summary(args):
         order = f" {r['order']} of {r['candidates']}" if r["order"] else ""
         heat = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
         name = SYSTEMS[r["system"]].title + window + order + heat
-        if all(r[setting] == getattr(args, setting) for setting in SETTINGS[3:]):
+        if all(r.get(setting) == getattr(args, setting) for setting in SETTINGS[3:]):
             groups.setdefault((name, r["step"], r["samples"], r["n_latent"]), []).append(r)
     for (name, _, samples, _), group in sorted(groups.items()):
         row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS.split()}
@@ -630,7 +628,7 @@ def draw(rows, path):
                            label=key[0] if one_step else "{}, {} steps".format(*key),
                            fmt="o-" if curve[1:] else "*", color=SYSTEMS[curve[0]["system"]].color)
         panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "),
-                  ylabel=y.replace("excess", "nats above the lowest possible"))
+                  ylabel=y.replace("excess", "excess nats"))
         if x == "n_latent":
             panel.set_xscale("symlog", linthresh=1)
             panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks, rotation=60)

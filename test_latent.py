@@ -367,9 +367,8 @@ def orders(policy, candidates, n_latent=0, B=24 * 500):
     model = fixed([0.5, 0.49, 0.01], [0.45, 0.3, 0.25], [0.6, 0.3, 0.1], [0.9, 0.05, 0.05])
     steps, generator = [], torch.Generator().manual_seed(0)
     latent.decode(model, SYSTEMS["scdm"], torch.zeros(B, 4, dtype=torch.long), 0, n_latent, policy,
-                  candidates, generator=generator,
-                  on_step=lambda _, positions, logits, c, decoded: steps.append(
-                      torch.cat([decoded, positions[:, c:]], dim=1)))
+                  candidates, generator=generator, on_step=lambda _, masked, logits, c, decoded:
+                  steps.append(torch.cat([decoded, masked[:, c:]], dim=1)))
     return Counter(map(tuple, torch.cat(steps[:4 - n_latent], dim=1).tolist()))
 
 
@@ -562,7 +561,8 @@ def test_puzzles_have_one_solution(size):
     task, side = TASKS["sudoku-puzzle"](size), int(size[0])
     for row in task.batch(40, np.random.default_rng(0), "train").tolist():
         puzzle, board = naive_puzzle(task, row[:task.prompt_len]), row[task.prompt_len:]
-        assert naive_solutions(puzzle, side) == [board]
+        shown = [int(x) - 1 if x != "." else side for x in re.findall(r"[\d.]", task.show(row))]
+        assert naive_solutions(puzzle, side) == [board] and shown == puzzle + board
         assert puzzle.count(side) in {4: range(8, 13), 6: range(18, 27), 9: range(41, 54)}[side]
 
 

@@ -74,7 +74,7 @@ class Sudoku:
         return np.take_along_axis(names, boards.astype(np.int64), axis=1)
 
     def _symmetry(self, boards, rng):
-        """Shuffle the bands, and the rows in each band; transpose; and the same once more."""
+        """Twice: shuffle the bands, the rows in each band, transpose. Then transpose, or do not."""
         n = len(boards)
         for _ in range(2):
             bands, inside = rng.random((n, 3, 1)).argsort(1), rng.random((n, 3, 3)).argsort(2)
@@ -95,10 +95,9 @@ class Sudoku:
     def show(self, tokens, mark=lambda place, text: text):
         """One row of tokens, (seq_len,), as a grid for a terminal. Every token of the answer is
         shown as mark(place, text); what is no digit is a dot."""
-        high, wide = BOX[self.side]
+        (high, wide), lines = BOX[self.side], []
         text = [mark(i, str(tokens[i] + 1) if 0 <= tokens[i] < self.side else ".")
-                for i in range(self.prompt_len, self.seq_len)]
-        lines = []
+                for i in range(len(tokens) - self.side**2, len(tokens))]
         for r in range(self.side):
             row = text[r * self.side:(r + 1) * self.side]
             lines.append(" | ".join(" ".join(row[c:c + wide]) for c in range(0, self.side, wide)))
@@ -183,3 +182,8 @@ class SudokuPuzzle(Sudoku):
     def correct(self, tokens):
         puzzle, board = self.grid(tokens), tokens[:, self.prompt_len:]
         return super().correct(tokens) & ((puzzle == self.blank) | (puzzle == board)).all(1)
+
+    def show(self, tokens, mark=lambda place, text: text):
+        """The puzzle, and below it the answer."""
+        return "\n\n".join([super().show(self.grid(np.array([tokens]))[0]),
+                            super().show(tokens, mark)])
