@@ -390,7 +390,7 @@ def write(path, content):
 
 
 def load(path):
-    """Read a checkpoint, without running code that it may hold."""
+    """Read a checkpoint, without running code that it may hold. Settings it lacks are None."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return saved | {"settings": {name: saved["settings"].get(name) for name in SETTINGS}}

@@ -448,8 +448,8 @@ def naive_puzzle(task, prompt):
     if task.prompt != "list":
         return prompt
     tokens = sorted(token for token in prompt if token != task.side)
-    assert prompt == tokens + [task.side] * (len(prompt) - len(tokens))
     given = dict(divmod(token - task.side - 1, task.side) for token in tokens)
+    assert prompt == tokens + [task.side] * (len(prompt) - len(given))      # no cell stands twice
     return [given.get(cell, task.side) for cell in range(task.side**2)]
 
 

@@ -93,7 +93,7 @@ class Sudoku:
         return board_in_test(tokens[:, -self.side**2:], self.side)
 
     def show(self, tokens, mark=lambda place, text: text):
-        """One row of tokens, (seq_len,), as a grid for a terminal. Every token of the answer is
+        """A row of tokens that ends with a grid, for a terminal. Every token of the grid is
         shown as mark(place, text); what is no digit is a dot."""
         (high, wide), lines = BOX[self.side], []
         text = [mark(i, str(tokens[i] + 1) if 0 <= tokens[i] < self.side else ".")
@@ -185,5 +185,5 @@ class SudokuPuzzle(Sudoku):
 
     def show(self, tokens, mark=lambda place, text: text):
         """The puzzle, and below it the answer."""
-        return "\n\n".join([super().show(self.grid(np.array([tokens]))[0]),
-                            super().show(tokens, mark)])
+        puzzle = super().show(self.grid(np.array([tokens]))[0])
+        return f"{puzzle}\n\n{super().show(tokens, mark)}"
