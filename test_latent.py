@@ -566,7 +566,7 @@ def test_puzzles_have_one_solution(size):
         assert puzzle.count(side) in {4: range(8, 13), 6: range(18, 27), 9: range(41, 54)}[side]
 
 
-@pytest.mark.parametrize("size,n", [("3x3", 20), ("3x4", 3), ("4x3", 1)])
+@pytest.mark.parametrize("size,n", [("3x2", 20), ("3x3", 20), ("3x4", 3), ("4x3", 1)])
 @mock.patch("data.zebra.in_test", lambda clues: (np.diff(clues) < 0).any(1))     # they are sorted
 def test_zebra_has_one_solution_and_no_clue_was_implied(size, n):
     task = TASKS["zebra"](size)

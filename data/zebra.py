@@ -31,7 +31,7 @@ RULES = [      # what a clue says, and when that is true, if its things live in 
     ("{} is at {}", lambda x, y, z, last: x == y)]                    # its y is a house
 THINGS = [["red", "green", "blue", "white"], ["Dane", "Swede", "Brit", "Finn"],
           ["cat", "dog", "horse", "zebra"], ["tea", "milk", "juice", "water"]]
-CLUES = {"3x3": 9, "3x4": 12, "4x3": 13, "4x4": 16}                 # places for clues in a prompt
+CLUES = {"3x2": 7, "3x3": 9, "3x4": 12, "4x3": 13, "4x4": 16}      # places for clues in a prompt
 
 
 class Zebra:
