@@ -563,7 +563,7 @@ def main(parser, tasks, make_jobs, experiment):
         else:
             torch.multiprocessing.spawn(work, shared, width)
         if args.watch is None and (rows := summary(args)):
-            draw(rows, args.out / "latents.png")
+            draw(rows, args)
             lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
             print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
         if not failures.empty():
@@ -610,13 +610,14 @@ def summary(args):
     return rows
 
 
-def draw(rows, path):
-    """The figure. Uniform order and other temperatures are only in it if there is nothing else."""
+def draw(rows, args):
+    """The figure, latents.png. Of the rows it shows those that are decoded as this run does."""
     try:
         from matplotlib.figure import Figure
     except Exception as error:
         return print(f"No figure ({error}); pip install matplotlib, then the same with --resume")
-    rows = [r for r in rows if r["order"] != "uniform" and r["temperature"] == 1] or rows
+    order, path = (None, getattr(args, "order", "top-prob")), args.out / "latents.png"
+    rows = [r for r in rows if r["order"] in order and r["temperature"] == args.temperature] or rows
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels, one_step = figure.subplots(1, 3), len({r["step"] for r in rows}) == 1
     loss = "nats" if math.isnan(rows[0]["nats_floor"]) else "excess"
