@@ -205,8 +205,8 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     T, mask, totals = tokens.shape[1], model.mask, torch.zeros(len(n_latents))
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
-            if i == 0 or system.order == "left":       # in random order one pass serves every k
-                part = tokens[:, :cut + k + 1] if system.order == "left" else tokens  # k + 1 masked
+            part = tokens[:, :cut + k + 1] if system.order == "left" else tokens     # k + 1 masked
+            if i == 0 or part.shape != inputs.shape:   # in random order one pass serves every k
                 inputs, turn, masked = hide(system, part, prompt_len, mask, cut, T, rng)
                 ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
@@ -616,8 +616,8 @@ def draw(rows, args):
         from matplotlib.figure import Figure
     except Exception as error:
         return print(f"No figure ({error}); pip install matplotlib, then the same with --resume")
-    order, path = (None, getattr(args, "order", "top-prob")), args.out / "latents.png"
-    rows = [r for r in rows if r["order"] in order and r["temperature"] == args.temperature] or rows
+    rows = [r for r in rows if r["order"] in (None, getattr(args, "order", r["order"]))
+            and r["temperature"] == args.temperature] or rows
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels, one_step = figure.subplots(1, 3), len({r["step"] for r in rows}) == 1
     loss = "nats" if math.isnan(rows[0]["nats_floor"]) else "excess"
@@ -634,8 +634,8 @@ def draw(rows, args):
             panel.set_xscale("symlog", linthresh=1)
             panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks, rotation=60)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
-    print(f"The figure is {path}")
+    figure.savefig(args.out / "latents.png", dpi=150)
+    print(f"The figure is {args.out / 'latents.png'}")
 
 
 if __name__ == "__main__":
