@@ -206,7 +206,7 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
             part = tokens[:, :cut + k + 1] if system.order == "left" else tokens     # k + 1 masked
-            if i == 0 or part.shape != inputs.shape:   # in random order one pass serves every k
+            if i == 0 or part.shape != inputs.shape:     # else the last pass serves this k, too
                 inputs, turn, masked = hide(system, part, prompt_len, mask, cut, T, rng)
                 ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
@@ -634,8 +634,8 @@ def draw(rows, args):
             panel.set_xscale("symlog", linthresh=1)
             panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks, rotation=60)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(args.out / "latents.png", dpi=150)
-    print(f"The figure is {args.out / 'latents.png'}")
+    figure.savefig(path := args.out / "latents.png", dpi=150)
+    print(f"The figure is {path}")
 
 
 if __name__ == "__main__":
