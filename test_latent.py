@@ -45,29 +45,8 @@ def small_model(vocab_size=4, seq_len=12, layers=2):
     return model
 
 
-def oracle(solutions, shifted):
-    """A model that knows all solutions (N, T): its logits are the true distribution of every token,
-    given the clean tokens. With `shifted` it reads what AR reads: slot i holds token i - 1."""
-    share = torch.nn.functional.one_hot(solutions).float()                               # (N, T, V)
-    read = solutions.roll(1, 1) if shifted else solutions
-
-    def model(tokens, positions, visible, cache=None, n_keep=0):
-        positions = positions.expand(tokens.shape)
-        board = torch.full((len(tokens), solutions.shape[1]), 4).scatter(1, positions, tokens)
-        agrees = ((board[:, None] == read) | (board[:, None] == 4)).all(2).float()      # (B, N)
-        logits = torch.einsum("bn,ntv->btv", agrees, share).clamp(min=1e-30).log()
-        return logits.take_along_dim(positions[..., None], 1)
-    model.mask = 4
-    return model
-
-
 def random_tokens(*shape):
     return torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
-
-
-def all_boards(side):
-    renamed = [np.array(names)[fill(side)] for names in itertools.permutations(range(side))]
-    return torch.from_numpy(np.concatenate(renamed)).long()
 
 
 def uniform(counts, kinds):
@@ -280,21 +259,6 @@ def test_nats_are_those_of_all_orders(name, prompt_len):
 
 # the decoder ------------------------------------------------------------------------------------
 @every_system
-@pytest.mark.parametrize("task_name", ["sudoku", "sudoku-puzzle"])
-def test_an_oracle_solves_every_puzzle(name, task_name):
-    task, solutions = TASKS[task_name]("4"), all_boards(4)
-    tokens = torch.from_numpy(task.batch(6, np.random.default_rng(0), "test"))
-    if task.prompt_len:             # a given is a clean token of its solution, a blank is masked
-        solutions = torch.cat([solutions, solutions], dim=1)
-    system = SYSTEMS[name]._replace(causal=False)                # the oracle keeps no cache
-    model, generator = oracle(solutions, system.shifted), torch.Generator().manual_seed(0)
-    for k, policy, heat in itertools.product((0, 3, 15), latent.POLICIES, (0, 1)):
-        out, _ = latent.decode(model, system, tokens, task.prompt_len, k, policy,
-                               temperature=heat, generator=generator)
-        assert task.correct(out.numpy()).all()
-
-
-@every_system
 @pytest.mark.parametrize("policy", latent.POLICIES)
 @pytest.mark.parametrize("prompt_len,candidates,n_latent",
                          [(3, 1, 0), (3, 1, 4), (0, 3, 4), (0, 100, 11)])
@@ -365,13 +329,15 @@ def test_the_order_is_the_policy():
 @every_system
 @pytest.mark.parametrize("temperature", [0, 0.5, 1, 2])
 def test_sampling_follows_the_distribution(name, temperature, device):
-    p, tokens = [0.3, 0.5, 0.2], torch.zeros(n := 20_000, 1, dtype=torch.long, device=device)
-    out, _ = latent.decode(fixed(p), SYSTEMS[name], tokens, 0, 0, temperature=temperature,
-                           generator=torch.Generator(device).manual_seed(0))
-    weights = [x ** (1 / temperature) for x in p] if temperature else [0, 1, 0]
-    for token, weight in enumerate(weights):
-        share = weight / sum(weights)
-        assert abs((out == token).float().mean() - share) <= 4 * math.sqrt(share * (1 - share) / n)
+    table, n = [[0.3, 0.5, 0.2], [0.6, 0.1, 0.3], [0.1, 0.2, 0.7]], 20_000
+    tokens = torch.zeros(n, 3, dtype=torch.long, device=device)
+    out, _ = latent.decode(fixed(*table), SYSTEMS[name], tokens, 0, 1, temperature=temperature,
+                           candidates=2, generator=torch.Generator(device).manual_seed(0))
+    for place, p in enumerate(table):
+        weights = [x ** (1 / temperature) if temperature else x == max(p) for x in p]
+        for token, weight in enumerate(weights):
+            share, found = weight / sum(weights), (out[:, place] == token).float().mean()
+            assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / n)
 
 
 @every_system
