@@ -696,8 +696,11 @@ def test_what_is_trained_is_the_objective(name, tmp_path, monkeypatch):
 def test_muon_is_that_of_torch():
     models, generator = [small_model(layers=3) for _ in range(3)], torch.Generator().manual_seed(0)
     matrices = [w for w in models[1].blocks.parameters() if w.dim() == 2]
+    opts = latent.optimizers(models[0], 0.01)
+    trained = [id(w) for opt in opts for w in opt.param_groups[0]["params"]]
+    assert sorted(trained) == sorted(map(id, models[0].parameters()))              # each, once
     muons = [torch.optim.Muon(matrices, 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-             *latent.optimizers(models[0], 0.01)[:-1]]
+             *opts[:-1]]
     for _ in range(5):
         for one, two in zip(models[0].parameters(), models[1].parameters()):
             one.grad = two.grad = torch.randn(one.shape, generator=generator)
