@@ -8,7 +8,7 @@ A model that `--resume` trains on with more --steps is evaluated at the end of e
     done
     python .github/curves.py out/zebra-3x3
 
-The figure is curves.png in the last folder: full lines with all latent tokens, dashed ones without.
+The figure is curves.png in the last folder. Dashed lines are a dial's end without latent tokens.
 """
 import argparse
 import json
@@ -39,5 +39,5 @@ for panel, y in zip(figure.subplots(1, 2), ["accuracy", loss]):
                            color=latent.SYSTEMS[curve[0]["system"]].color)
     panel.set(xscale="log", xlabel="training examples", ylabel=y.replace("excess", "excess nats"))
 figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-figure.savefig(folder / "curves.png", dpi=150)
+figure.savefig(folder / "curves.png", dpi=100)
 print(f"The figure is {folder / 'curves.png'}")
