@@ -571,7 +571,7 @@ def records(folder):
     ("mtp", "--latents 0 2 99 all --steps 200", range(1, 17), [0, 2, 15], 1, None, None),
     ("mtp-causal", "--windows 3 --temperature 0", [3], [2], 0, None, None),
     ("control", "--windows all", [16], [15], 1, None, None),
-    ("mdm", "", [None], [15], 1, "top-prob", 4),
+    ("mdm", "", [None], [15], 1, "top-prob", 8),
     ("sidm", "--order margin --candidates 99 --compile", [None], [0], 1, "margin", 16),
     ("scdm", "--order uniform", [None], [0, 1, 2, 4, 8, 15], 1, "uniform", 1),
     ("scdm-causal", "--latents 3 all --candidates 5 --temperature 0.5", [None], [3, 11], 0.5,

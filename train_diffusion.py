@@ -19,7 +19,7 @@ def flags():
     parser.add_argument("--order", default="top-prob", choices=latent.POLICIES,
                         help="which candidate is decoded next [%(default)s]")
     parser.add_argument("--candidates", type=latent.at_least(1),
-                        help="random masked positions to choose from [8, or a quarter of the "
+                        help="random masked positions to choose from [8, or half of the "
                         "answer if that is less; 1 in uniform order]")
     return parser
 
@@ -27,7 +27,7 @@ def flags():
 def jobs(task, args):
     """The models to train: every system with every seed."""
     answer = task.seq_len - task.prompt_len
-    default = 1 if args.order == "uniform" else max(1, min(8, answer // 4))
+    default = 1 if args.order == "uniform" else max(1, min(8, answer // 2))
     args.candidates = min(args.candidates or default, answer)
     for seed in args.seeds:
         for system in args.systems:

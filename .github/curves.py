@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import latent  # noqa: E402
 
+parser = argparse.ArgumentParser(usage=__doc__)
+parser.add_argument("folders", nargs="+", type=Path)
 rows = []
-for folder in map(Path, sys.argv[1:]):
+for folder in parser.parse_args().folders:
     records = json.loads(next(folder.glob("*.json")).read_text())["records"]
     rows += latent.summary(argparse.Namespace(**next(iter(records.values())), out=folder))
 loss = "nats" if any(row["excess"] != row["excess"] for row in rows) else "excess"
