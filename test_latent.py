@@ -277,8 +277,9 @@ def test_decoding_step_by_step(name, policy, prompt_len, candidates, n_latent):
         assert c == (min(candidates, T - n) if system.order == "random" else 1)
         assert positions.shape[1] == c + min(n_latent, T - n - c)
         cached = n - 1 + system.shifted if system.causal and n > prompt_len else 0
-        assert model.calls[n - prompt_len][1].shape[1] == n - cached + positions.shape[1]
-        assert model.calls[n - prompt_len][1][:, -positions.shape[1]:].equal(positions)
+        read = model.calls[n - prompt_len][1]                                        # positions
+        assert read.shape[1] == n - cached + positions.shape[1]
+        assert read[:, -positions.shape[1]:].equal(positions)
         for b in range(5):
             masked, place = positions[b].tolist(), decoded[b, 0].item()
             assert len(set(masked)) == len(masked) and (before[b, masked] == 4).all()

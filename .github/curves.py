@@ -12,6 +12,7 @@ The figure is curves.png in the last folder. Dashed lines are a dial's end witho
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,20 +21,21 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import latent  # noqa: E402
 
-parser = argparse.ArgumentParser(usage=__doc__)
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folders", nargs="+", type=Path)
 rows = []
 for folder in parser.parse_args().folders:
     records = json.loads(next(folder.glob("*.json")).read_text())["records"]
     rows += latent.summary(argparse.Namespace(**next(iter(records.values())), out=folder))
-loss = "nats" if any(row["excess"] != row["excess"] for row in rows) else "excess"
+rows.sort(key=lambda row: row["step"])
+loss = "nats" if math.isnan(rows[0]["nats_floor"]) else "excess"                # as latent.draw
 figure = Figure(figsize=(12, 4), layout="constrained")
 for panel, y in zip(figure.subplots(1, 2), ["accuracy", loss]):
     for name in dict.fromkeys(row["name"] for row in rows):
         latents = [row["n_latent"] for row in rows if row["name"] == name]
         for k in sorted({min(latents), max(latents)}):
-            curve = sorted((row for row in rows if (row["name"], row["n_latent"]) == (name, k)),
-                           key=lambda row: row["step"])
+            curve = [row for row in rows if (row["name"], row["n_latent"]) == (name, k)]
             panel.errorbar([row["step"] * row["batch_size"] for row in curve],
                            [row[y] for row in curve],
                            [row["error"] for row in curve] if y == "accuracy" else None, capsize=3,
