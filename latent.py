@@ -525,13 +525,13 @@ def prepare(args, tasks, make_jobs):
         raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
     task, jobs = tasks[args.task](args.size), {}
     args.out = args.out or Path("out") / f"{args.task}-{args.size}"
-    args.out.mkdir(parents=True, exist_ok=True)
     for job in make_jobs(task, args):
         name = "-".join(str(x) for x in (job["system"], job["window"], f"s{job['seed']}") if x)
         path = args.out / (args.checkpoint.name if args.checkpoint else f"{name}.pt")
         if path.exists() and not (args.resume or path.samefile(args.checkpoint or args.out)):
             raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
         jobs[name] = argparse.Namespace(**vars(args) | job, path=path, bar=len(jobs) % args.jobs)
+    args.out.mkdir(parents=True, exist_ok=True)
     return task, list(jobs.values())
 
 
