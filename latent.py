@@ -483,7 +483,7 @@ def common_flags(description, tasks, order, default_systems):
     for name, kind, default, text in [
             ("steps", at_least(1), 4600, "training steps"),
             ("batch-size", at_least(1), 64, "puzzles in a step"),
-            ("lr", at_least(0, float), 5e-3, "highest learning rate"),
+            ("lr", at_least(0, float), 3e-3, "highest learning rate"),
             ("layers", at_least(1), 3, "transformer blocks"),
             ("heads", at_least(1), 4, "attention heads in a block"),
             ("width", at_least(1), 64, "width of the residual stream"),
