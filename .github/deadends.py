@@ -1,0 +1,68 @@
+"""Draw when models of side 6 lose their boards, and print it: python .github/deadends.py FILE.pt ...
+
+A board is lost with the token that leaves no valid board to complete it to, even if no rule is
+broken yet. Models decode as by default, without latent tokens (dashed) and with all; seeds of one
+system are put together. The figure is deadends.png in the folder of the last checkpoint.
+"""
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import latent  # noqa: E402
+from data import TASKS  # noqa: E402
+from data.sudoku import fill  # noqa: E402
+
+
+def tokens_before_lost(board, order, valid):
+    """How many tokens of a board, in the order of decoding, some valid board agrees with. valid:
+    all valid boards, but for the names of the digits, so that only which are equal counts."""
+    place_of = {}                                              # where each digit was decoded first
+    for n, place in enumerate(order):
+        same = valid[:, [*place_of.values()]] == valid[:, [place]]
+        valid = valid[(same == [digit == board[place] for digit in place_of]).all(1)]
+        if not len(valid):
+            return n
+        place_of.setdefault(board[place], place)
+    return len(order)
+
+
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("files", nargs="+", type=Path, help="checkpoints")
+parser.add_argument("--samples", type=latent.at_least(1), default=1024, help="[%(default)s]")
+args = parser.parse_args()
+task, valid, ends = TASKS["sudoku"]("6"), fill(6), defaultdict(list)
+for path in args.files:
+    saved = latent.load(path)
+    s = argparse.Namespace(**saved["settings"])
+    system, places = latent.SYSTEMS[s.system], []
+    model = latent.Transformer(task.vocab_size, task.seq_len, s.layers, s.heads, s.width)
+    model.load_state_dict(saved["model"])
+    for k in {"ar": [0], "sidm": [0], "mdm": [35], "control": [35]}.get(s.system, [0, 35]):
+        filled, _ = latent.decode(
+            model, system, torch.zeros(args.samples, 36, dtype=torch.int64), 0, k,
+            generator=torch.Generator().manual_seed(s.seed),
+            on_step=lambda tokens, positions, logits, c, decoded: places.append(decoded))
+        orders = torch.cat(places[-36:], dim=1)
+        ends[system, k] += [tokens_before_lost(*each, valid)
+                            for each in zip(filled.tolist(), orders.tolist())]
+figure = Figure(figsize=(12, 4), layout="constrained")
+panels = dict(zip(("left", "random"), figure.subplots(1, 2, sharey=True)))
+for (system, k), end in ends.items():
+    share = np.bincount(end, minlength=37) / len(end)
+    print(f"{system.title}, {k} latent tokens, {share[36]:.1%} valid; lost after so many tokens:",
+          *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36]) if lost >= 0.001))
+    panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
+                              ls="-" if k else "--", label=f"{system.title}, {k} latent")
+for panel, order in zip(panels.values(), ("from the left", "top-prob order")):
+    panel.set(xlabel="decoded tokens", title=order)
+    panel.legend(frameon=False, loc="lower left")
+panels["left"].set_ylabel("boards that can still become valid, %")
+figure.savefig(path.parent / "deadends.png", dpi=100)
+print(f"The figure is {path.parent / 'deadends.png'}")
