@@ -56,13 +56,14 @@ figure = Figure(figsize=(12, 4), layout="constrained")
 panels = dict(zip(("left", "random"), figure.subplots(1, 2, sharey=True)))
 for (system, k), end in ends.items():
     share = np.bincount(end, minlength=37) / len(end)
-    print(f"{system.title}, {k} latent tokens, {share[36]:.1%} valid; lost after so many tokens:",
+    name = f"{system.title}, {'all' if k else 'no'} latent tokens"
+    print(f"{name}, {share[36]:.1%} valid; lost after so many tokens:",
           *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36]) if lost >= 0.001))
     panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
-                              ls="-" if k else "--", label=f"{system.title}, {k} latent")
+                              ls="-" if k else "--", label=name)
 for panel, order in zip(panels.values(), ("from the left", "top-prob order")):
     panel.set(xlabel="decoded tokens", title=order)
-    panel.legend(frameon=False, loc="lower left")
 panels["left"].set_ylabel("boards that can still become valid, %")
+figure.legend(loc="outside right upper", frameon=False)
 figure.savefig(path.parent / "deadends.png", dpi=100)
 print(f"The figure is {path.parent / 'deadends.png'}")
