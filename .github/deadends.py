@@ -1,8 +1,8 @@
 """Draw when models of side 6 lose their boards, and print it: python .github/deadends.py FILE.pt ...
 
 A board is lost with the token that leaves no valid board to complete it to, even if no rule is
-broken yet. Models decode as by default, without latent tokens (dashed) and with all; seeds of one
-system are put together. The figure is deadends.png in the folder of the last checkpoint.
+broken yet. Models decode as by default, without latent tokens (dashed) and with all; all models of
+one system are put together. The figure is deadends.png in the folder of the last checkpoint.
 """
 import argparse
 import sys
@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import latent  # noqa: E402
+import train_ar  # noqa: E402
+import train_diffusion  # noqa: E402
 from data import TASKS  # noqa: E402
 from data.sudoku import fill  # noqa: E402
 
@@ -37,19 +39,22 @@ parser = argparse.ArgumentParser(description=__doc__,
 parser.add_argument("files", nargs="+", type=Path, help="checkpoints")
 parser.add_argument("--samples", type=latent.at_least(1), default=1024, help="[%(default)s]")
 args = parser.parse_args()
-task, valid, ends = TASKS["sudoku"]("6"), fill(6), defaultdict(list)
+valid, ends = fill(6), defaultdict(list)
 for path in args.files:
     saved = latent.load(path)
-    s = argparse.Namespace(**saved["settings"])
-    system, places = latent.SYSTEMS[s.system], []
-    model = latent.Transformer(task.vocab_size, task.seq_len, s.layers, s.heads, s.width)
+    system = latent.SYSTEMS[saved["settings"]["system"]]
+    script = train_ar if system.order == "left" else train_diffusion
+    flags = script.flags().parse_args(["--checkpoint", str(path)])
+    task, [job] = latent.prepare(flags, TASKS, script.jobs)
+    model = latent.Transformer(task.vocab_size, task.seq_len, job.layers, job.heads, job.width)
     model.load_state_dict(saved["model"])
-    for k in {"ar": [0], "sidm": [0], "mdm": [35], "control": [35]}.get(s.system, [0, 35]):
+    for k in sorted({job.latents[0], job.latents[-1]}):                        # as --watch does
+        places = []
         filled, _ = latent.decode(
             model, system, torch.zeros(args.samples, 36, dtype=torch.int64), 0, k,
-            generator=torch.Generator().manual_seed(s.seed),
+            generator=torch.Generator().manual_seed(job.seed),
             on_step=lambda tokens, positions, logits, c, decoded: places.append(decoded))
-        orders = torch.cat(places[-36:], dim=1)
+        orders = torch.cat(places, dim=1)
         ends[system, k] += [tokens_before_lost(*each, valid)
                             for each in zip(filled.tolist(), orders.tolist())]
 figure = Figure(figsize=(12, 4), layout="constrained")
