@@ -42,7 +42,7 @@ class System(NamedTuple):
     title: str                 # its name in tables and figures
     color: str
     order: str                 # "left" or "random"
-    sees: str                  # what a masked token sees of others (no matter if none is masked)
+    sees: str                  # what a masked token sees of others; if joint, known ones see it
     causal: bool = False       # a known token sees only earlier ones, so decoding can cache it
     shifted: bool = False      # from the left, nothing masked: slot i reads token i - 1, predicts i
     next_only: bool = False    # the loss counts the next token alone: a control
@@ -64,13 +64,13 @@ def visibility(system, turn, masked):
     """Who sees whom (paper, section 3), in four cells. turn (B, T) int, masked (B, T) bool ->
     (B, T, T) bool: may the query (middle index) attend to the key (last index)?"""
     query, key = turn[:, :, None], turn[:, None, :]
-    everything = key >= 0                                          # nobody sees an absent token
+    everything = key >= 0                                   # no other token sees an absent one
     nothing = torch.zeros_like(everything)
     earlier = everything & (key < query)
 
     known_sees_known = earlier if system.causal else everything
     known_sees_masked = everything if system.sees == "joint" and not system.causal else nothing
-    masked_sees_known = known_sees_known
+    masked_sees_known = everything
     masked_sees_masked = {"joint": everything,                     # MDM, AR+MTP
                           "independent": nothing,                  # SIDM
                           "semicausal": earlier}[system.sees]      # SCDM
@@ -158,8 +158,8 @@ def hide(system, tokens, prompt_len, mask, cut, window, rng):
     turn = turn.to(tokens.device)
     if system.shifted:
         return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
-    turn = torch.where(turn < cut + window, turn, -1)                 # absent ones are < cut, too
-    known = (0 <= turn) & (turn < cut)
+    known = turn < cut
+    turn = torch.where(turn < cut + window, turn, -1)                          # the rest is absent
     return torch.where(known, tokens, mask), turn, turn >= cut
 
 
@@ -173,7 +173,7 @@ def objective(system, tokens, prompt_len, mask, window, rng):
     B, T = tokens.shape
     if window == "random":
         window = rng.integers(1, T - prompt_len, endpoint=True)
-    # One random offset, then evenly spread over the rows: every batch covers all cuts evenly.
+    # One random offset, then evenly spread over the rows: every batch covers the cuts evenly.
     spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
     cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)        # (B, 1)
     inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window or T, rng)
@@ -202,12 +202,12 @@ def nats(model, system, tokens, prompt_len, n_latents, rng):
     """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
     cross-entropy of the token that would be decoded, as a mean over the rows of tokens. One number
     for each k of n_latents; nan where this measure does not apply."""
-    T, mask, totals = tokens.shape[1], model.mask, torch.zeros(len(n_latents))
+    T, totals = tokens.shape[1], torch.zeros(len(n_latents))
     for cut in range(prompt_len, T):
         for i, k in enumerate(n_latents):
             part = tokens[:, :cut + k + 1] if system.order == "left" else tokens     # k + 1 masked
             if i == 0 or part.shape != inputs.shape:     # else the last pass serves this k, too
-                inputs, turn, masked = hide(system, part, prompt_len, mask, cut, T, rng)
+                inputs, turn, masked = hide(system, part, prompt_len, model.mask, cut, T, rng)
                 ce = cross_entropy(model, system, part, inputs, turn, masked)
             if system.order == "left":
                 decoded = turn == cut
@@ -236,10 +236,10 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
            temperature=1.0, generator=None, on_step=None):
     """Fill in the answers, one token a step. In random order some masked positions, drawn anew at
     every step, are *candidates* for the policy to choose from (from the left there is but one, the
-    next), n_latent others are latent, and the rest does not go through the model. Returns the
-    filled tokens, (B, T), and *forward tokens*: how many positions went through the transformer
-    for one puzzle, the honest unit of inference cost. on_step(tokens, positions, logits, c,
-    decoded) may watch the masked tokens of each pass, the first c of which are candidates."""
+    next), n_latent more (or all that are left) are latent, and the rest does not go through the
+    model. Returns the filled tokens, (B, T), and *forward tokens*: how many positions went through
+    the transformer for one puzzle, the honest unit of inference cost. on_step(tokens, positions,
+    logits, c, decoded) may watch the masked tokens of each pass, first the c candidates."""
     B, T = tokens.shape
     position = torch.arange(T, device=tokens.device).expand(B, T)
     tokens = torch.where(position < prompt_len, tokens, model.mask)
@@ -252,8 +252,8 @@ def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candi
         if system.order == "random":
             shuffled = torch.rand(B, T - n, generator=generator, device=tokens.device).argsort(1)
             unknown = unknown.gather(1, shuffled)
-            turn[:, n + c:] -= c             # latent tokens have the next turns, all candidates the
-            turn[:, n:n + c] = n + k         # one after: in SCDM these see those, not each other
+            turn[:, n + c:] -= c      # latent tokens have the next turns, candidates share the one
+            turn[:, n:n + c] = n + k  # after: in SCDM candidates see latent tokens, not each other
         positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]       # what is new
         inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
         masked = (turn >= n) & (not system.shifted)
@@ -308,9 +308,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, lr):
-    """Muon for the matrices in the blocks, one for each kind; AdamW, worse alone, for the rest."""
+    """Muon for the blocks' matrices, one for each kind; AdamW for the rest (alone it is worse)."""
     kinds = [*zip(*([w for w in block.parameters() if w.dim() == 2] for block in model.blocks))]
-    others = [w for w in model.parameters() if id(w) not in map(id, sum(kinds, ()))]
+    others = [w for name, w in model.named_parameters() if "blocks" not in name or w.dim() < 2]
     return [*(Muon(kind, {"lr": lr}) for kind in kinds),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
 
@@ -348,8 +348,8 @@ def train(task, args, model):
     cuda = args.device == "cuda"
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)        # else float32
     started = time.time() - 60 * state["minutes"]
-    batches = DataLoader(range(args.steps), sampler=range(state["step"], args.steps),
-                         collate_fn=partial(batch, task, args, model.mask), batch_size=None,
+    batches = DataLoader(range(state["step"], args.steps), batch_size=None,
+                         collate_fn=partial(batch, task, args, model.mask),
                          num_workers=int(cuda), pin_memory=cuda)  # another process draws ahead
     bar = tqdm(batches, args.path.stem, args.steps, initial=state["step"], position=args.bar)
     for step, drawn in enumerate(bar, state["step"] + 1):
