@@ -4,11 +4,10 @@ A board is lost with the token that leaves no valid board to complete it to, eve
 broken yet. Models decode as by default, without latent tokens (dashed) and with all; all models of
 one system are put together. The figure is deadends.png in the folder of the last checkpoint.
 
-From the left it also prints how often the 26th token, the second of the fifth row, loses boards,
-and by which chain of exclusions it was decided (.github/RESULTS.md, "Where boards are lost").
+From the left it also prints how many boards the 26th token loses, the second of the fifth row, by
+the chain of exclusions that decides it (.github/RESULTS.md, "Where boards are lost").
 """
 import argparse
-import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -39,12 +38,13 @@ def tokens_before_lost(board, order, valid):
 
 
 def decided_by(board):
-    """Which chains, from the digit just decoded (short) and from the one left below it, end at the
-    second column, so that they decide its digit in the fifth row."""
+    """Which chains of exclusions end at the second column, so that they decide its digit in the
+    fifth row: the short one from the digit just decoded, a longer one from what is left below."""
     lacks = [sorted(set(range(6)) - set(board[column:24:6])) for column in range(6)]
     partner = {x: y for pair in lacks[3:] for x, y in (pair, pair[::-1])}
     [below] = set(lacks[0]) - {board[24]}
-    return partner[board[24]] in lacks[1], partner[below] in lacks[1]
+    starts = {"the short chain": board[24], "a longer one": below}
+    return " and ".join(name for name, digit in starts.items() if partner[digit] in lacks[1])
 
 
 parser = argparse.ArgumentParser(description=__doc__,
@@ -71,7 +71,7 @@ for path in args.files:
         for board, order in zip(filled.tolist(), orders.tolist()):
             ends[system, k].append(end := tokens_before_lost(board, order, valid))
             if system.order == "left" and end >= 25:
-                chains[system, k].append((*decided_by(board), end == 25))
+                chains[system, k].append((decided_by(board) or "nothing", end == 25))
 figure = Figure(figsize=(12, 4), layout="constrained")
 panels = dict(zip(("left", "random"), figure.subplots(1, 2, sharey=True)))
 for (system, k), end in ends.items():
@@ -79,9 +79,9 @@ for (system, k), end in ends.items():
     name = f"{system.title}, {'all' if k else 'no'} latent tokens"
     print(f"{name}, {share[36]:.1%} valid; lost after so many tokens:",
           *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36]) if lost >= 0.001))
-    for short, long in itertools.product((True, False), repeat=2) if chains[system, k] else ():
-        lost = [lost for *by, lost in chains[system, k] if by == [short, long]]
-        print(f"    26th token, short chain {short}, long {long}: {sum(lost)} of {len(lost)} lost")
+    for chain in sorted({chain for chain, _ in chains[system, k]}):
+        lost = [lost for by, lost in chains[system, k] if by == chain]
+        print(f"    26th token, decided by {chain}: {sum(lost)} of {len(lost)} lost")
     panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
                               ls="-" if k else "--", label=name)
 for panel, order in zip(panels.values(), ("from the left", "top-prob order")):
