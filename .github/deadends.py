@@ -1,11 +1,11 @@
-"""Draw when models of side 6 lose their boards, and print it: python .github/deadends.py FILE.pt ...
+"""When do models of side 6 lose their boards? python .github/deadends.py FILE.pt ...
 
 A board is lost with the token that leaves no valid board to complete it to, even if no rule is
 broken yet. Models decode as by default, without latent tokens (dashed) and with all; all models of
-one system are put together. The figure is deadends.png in the folder of the last checkpoint.
+one system are put together. The figure is out/deadends/deadends.png.
 
-From the left it also prints how many boards the 26th token loses, the second of the fifth row, by
-the chain of exclusions that decides it (.github/RESULTS.md, "Where boards are lost").
+From the left it also prints, for several numbers of latent tokens, how many boards the 26th token
+loses, by what decides it (.github/RESULTS.md, "Where boards are lost").
 """
 import argparse
 import sys
@@ -38,13 +38,18 @@ def tokens_before_lost(board, order, valid):
 
 
 def decided_by(board):
-    """Which chains of exclusions end at the second column, so that they decide its digit in the
-    fifth row: the short one from the digit just decoded, a longer one from what is left below."""
-    lacks = [sorted(set(range(6)) - set(board[column:24:6])) for column in range(6)]
-    partner = {x: y for pair in lacks[3:] for x, y in (pair, pair[::-1])}
-    [below] = set(lacks[0]) - {board[24]}
-    starts = {"the short chain": board[24], "a longer one": below}
-    return " and ".join(name for name, digit in starts.items() if partner[digit] in lacks[1])
+    """What decides the 26th token, the second of the fifth row? When two rows are left a column
+    lacks two digits. One column of the right box lacks what was just decoded, the 25th token. It
+    has to take its other digit in this row, so the second column can not: a short chain, through
+    that column. A longer one starts at the digit that the first column has left for the last row,
+    and goes through that row."""
+    lacks = [set(range(6)) - set(board[column:24:6]) for column in range(6)]
+    [left_over] = lacks[0] - {board[24]}
+    for start, name in (board[24], "column {}"), (left_over, "a longer chain"):
+        [column] = [column for column in (3, 4, 5) if start in lacks[column]]
+        if (lacks[column] - {start}) & lacks[1]:
+            return name.format(column + 1)
+    return "nothing"
 
 
 parser = argparse.ArgumentParser(description=__doc__,
@@ -52,16 +57,16 @@ parser = argparse.ArgumentParser(description=__doc__,
 parser.add_argument("files", nargs="+", type=Path, help="checkpoints")
 parser.add_argument("--samples", type=latent.at_least(1), default=1024, help="[%(default)s]")
 args = parser.parse_args()
-valid, ends, chains = fill(6), defaultdict(list), defaultdict(list)
+valid, ends, chains = fill(6), defaultdict(list), defaultdict(lambda: defaultdict(list))
 for path in args.files:
     saved = latent.load(path)
     system = latent.SYSTEMS[saved["settings"]["system"]]
     script = train_ar if system.order == "left" else train_diffusion
-    flags = script.flags().parse_args(["--checkpoint", str(path)])
-    task, [job] = latent.prepare(flags, TASKS, script.jobs)
+    flags = ["--checkpoint", str(path), *"--latents 0 1 2 3 4 all --out out/deadends".split()]
+    task, [job] = latent.prepare(script.flags().parse_args(flags), TASKS, script.jobs)
     model = latent.Transformer(task.vocab_size, task.seq_len, job.layers, job.heads, job.width)
     model.load_state_dict(saved["model"])
-    for k in sorted({job.latents[0], job.latents[-1]}):                        # as --watch does
+    for k in job.latents:
         places = []
         filled, _ = latent.decode(
             model, system, torch.zeros(args.samples, 36, dtype=torch.int64), 0, k,
@@ -71,22 +76,22 @@ for path in args.files:
         for board, order in zip(filled.tolist(), orders.tolist()):
             ends[system, k].append(end := tokens_before_lost(board, order, valid))
             if system.order == "left" and end >= 25:
-                chains[system, k].append((decided_by(board) or "nothing", end == 25))
+                chains[system, k][decided_by(board)].append(end == 25)
 figure = Figure(figsize=(12, 4), layout="constrained")
 panels = dict(zip(("left", "random"), figure.subplots(1, 2, sharey=True)))
 for (system, k), end in ends.items():
     share = np.bincount(end, minlength=37) / len(end)
-    name = f"{system.title}, {'all' if k else 'no'} latent tokens"
+    name = f"{system.title}, {k} latent tokens"
     print(f"{name}, {share[36]:.1%} valid; lost after so many tokens:",
           *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36]) if lost >= 0.001))
-    for chain in sorted({chain for chain, _ in chains[system, k]}):
-        lost = [lost for by, lost in chains[system, k] if by == chain]
+    for chain, lost in sorted(chains[system, k].items()):
         print(f"    26th token, decided by {chain}: {sum(lost)} of {len(lost)} lost")
-    panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
-                              ls="-" if k else "--", label=name)
+    if k == 0 or k > 4:
+        panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
+                                  ls="-" if k else "--", label=name)
 for panel, order in zip(panels.values(), ("from the left", "top-prob order")):
     panel.set(xlabel="decoded tokens", title=order)
 panels["left"].set_ylabel("boards that can still become valid, %")
 figure.legend(loc="outside right upper", frameon=False)
-figure.savefig(path.parent / "deadends.png", dpi=100)
-print(f"The figure is {path.parent / 'deadends.png'}")
+figure.savefig("out/deadends/deadends.png", dpi=100)
+print("The figure is out/deadends/deadends.png")
