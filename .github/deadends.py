@@ -1,11 +1,11 @@
 """When do models of side 6 lose their boards? python .github/deadends.py FILE.pt ...
 
 A board is lost with the token that leaves no valid board to complete it to, even if no rule is
-broken yet. Models decode as by default, without latent tokens (dashed) and with all; all models of
-one system are put together. The figure is out/deadends/deadends.png.
+broken yet. Models decode as by default with 0 to 4 latent tokens and with all; all models of one
+system are put together. The figure, out/deadends/deadends.png, shows none (dashed) and all.
 
-From the left it also prints, for several numbers of latent tokens, how many boards the 26th token
-loses, by what decides it (.github/RESULTS.md, "Where boards are lost").
+From the left it also prints how many boards the 26th token loses, by what decides it: the `?` of
+README (.github/RESULTS.md, "Where boards are lost").
 """
 import argparse
 import sys
@@ -45,7 +45,7 @@ def decided_by(board):
     and goes through that row."""
     lacks = [set(range(6)) - set(board[column:24:6]) for column in range(6)]
     [left_over] = lacks[0] - {board[24]}
-    for start, name in (board[24], "column {}"), (left_over, "a longer chain"):
+    for start, name in (board[24], "column {}"), (left_over, "longer chain"):
         [column] = [column for column in (3, 4, 5) if start in lacks[column]]
         if (lacks[column] - {start}) & lacks[1]:
             return name.format(column + 1)
@@ -82,10 +82,10 @@ panels = dict(zip(("left", "random"), figure.subplots(1, 2, sharey=True)))
 for (system, k), end in ends.items():
     share = np.bincount(end, minlength=37) / len(end)
     name = f"{system.title}, {k} latent tokens"
-    print(f"{name}, {share[36]:.1%} valid; lost after so many tokens:",
-          *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36]) if lost >= 0.001))
+    print(f"{name}, {share[36]:.1%} valid; lost with token:",
+          *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36], start=1) if lost))
     for chain, lost in sorted(chains[system, k].items()):
-        print(f"    26th token, decided by {chain}: {sum(lost)} of {len(lost)} lost")
+        print(f"    26, decided by {chain}: {sum(lost)} of {len(lost)} ({np.mean(lost):.1%})")
     if k == 0 or k > 4:
         panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
                                   ls="-" if k else "--", label=name)
