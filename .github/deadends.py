@@ -2,7 +2,8 @@
 
 A board is lost with the token that leaves no valid board to complete it to, even if no rule is
 broken yet. Models decode as by default with 0 to 4 latent tokens and with all; all models of one
-system are put together. The figure, out/deadends/deadends.png, shows none (dashed) and all.
+system are put together. The figure, out/deadends/deadends.png, shows the fewest (none: dashed)
+and the most.
 
 From the left it also prints how many boards the 26th token loses, by what decides it: the `?` of
 README (.github/RESULTS.md, "Where boards are lost").
@@ -86,12 +87,13 @@ for (system, k), end in ends.items():
           *(f"{n}: {lost:.1%}," for n, lost in enumerate(share[:36], start=1) if lost))
     for chain, lost in sorted(chains[system, k].items()):
         print(f"    26, decided by {chain}: {sum(lost)} of {len(lost)} ({np.mean(lost):.1%})")
-    if k == 0 or k > 4:
+    numbers = [n for other, n in ends if other == system]
+    if k in (min(numbers), max(numbers)):
         panels[system.order].plot(100 - 100 * (np.cumsum(share) - share), color=system.color,
                                   ls="-" if k else "--", label=name)
 for panel, order in zip(panels.values(), ("from the left", "top-prob order")):
     panel.set(xlabel="decoded tokens", title=order)
 panels["left"].set_ylabel("boards that can still become valid, %")
 figure.legend(loc="outside right upper", frameon=False)
-figure.savefig("out/deadends/deadends.png", dpi=100)
-print("The figure is out/deadends/deadends.png")
+figure.savefig(path := job.out / "deadends.png", dpi=100)
+print(f"The figure is {path}")
