@@ -27,7 +27,7 @@ def results(a, b):
 class Countdown:
     """Find a derivation of the target. Any that is valid is right."""
 
-    name, sizes, default_size = "countdown", ("3", "4", "5"), "3"
+    name, sizes, default_size, steps = "countdown", ("3", "4", "5"), "3", 4600
     vocab_size = LARGEST + 1 + len(SIGNS)
     floor_nats = None                                           # many derivations are right
 

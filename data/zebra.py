@@ -38,7 +38,7 @@ class Zebra:
     """Find the grid that all clues admit. A size HxA is H houses with A attributes. Tokens: first
     the things, attribute by attribute, then the padding and the clues."""
 
-    name, sizes, default_size = "zebra", tuple(CLUES), "3x3"
+    name, sizes, default_size, steps = "zebra", tuple(CLUES), "3x3", 4600
     floor_nats = 0.0                                                    # there is one solution
 
     def __init__(self, size=default_size):
