@@ -5,18 +5,17 @@ state that the decoded token can attend to. This file holds the whole method of 
 Latent Tokens in Diffusion Language Models" (He, Welleck & Fried, arXiv 2602.03769), in the order
 in which one would explain it on a whiteboard:
 
-    1. systems, who sees whom   2. the transformer   3. the objective   4. nats   5. the decoder
+    1. systems, who sees whom   2. the transformer   3. the objective   4. the decoder
 
-What follows trains (6), evaluates (7), and handles flags, processes, table and figure (8).
+What follows trains (5), evaluates (6), and holds flags, main function and figure (7).
 `python latent.py` prints who sees whom. train_diffusion.py and train_ar.py run experiments.
 """
 import argparse
 import io
 import json
-import math
-import os
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm import trange
 
 # 1. systems -----------------------------------------------------------------------------------
 # Every system fills in an answer, token by token. Two questions tell them apart. In which *order*
@@ -39,25 +37,28 @@ from tqdm import tqdm
 
 
 class System(NamedTuple):
-    title: str                 # its name in tables and figures
-    color: str
     order: str                 # "left" or "random"
-    sees: str                  # what a masked token sees of others; if joint, known ones see it
+    sees: str                  # what a masked token sees of other masked ones; if joint, known
+                               # tokens see it, too
     causal: bool = False       # a known token sees only earlier ones, so decoding can cache it
     shifted: bool = False      # from the left, nothing masked: slot i reads token i - 1, predicts i
     next_only: bool = False    # the loss counts the next token alone: a control
 
 
 SYSTEMS = {
-    "ar": System("AR", "tab:gray", "left", "joint", causal=True, shifted=True),
-    "mtp": System("AR+MTP", "tab:orange", "left", "joint"),
-    "mtp-causal": System("AR+MTP causal", "tab:red", "left", "joint", causal=True),
-    "control": System("control", "tab:brown", "left", "joint", next_only=True),
-    "mdm": System("MDM", "tab:purple", "random", "joint"),
-    "sidm": System("SIDM", "tab:green", "random", "independent"),
-    "scdm": System("SCDM", "tab:blue", "random", "semicausal"),
-    "scdm-causal": System("SCDM causal", "tab:cyan", "random", "semicausal", causal=True),
+    "ar": System("left", "joint", causal=True, shifted=True),
+    "mtp": System("left", "joint"),                                     # AR+MTP
+    "mtp-causal": System("left", "joint", causal=True),
+    "control": System("left", "joint", next_only=True),
+    "mdm": System("random", "joint"),
+    "sidm": System("random", "independent"),
+    "scdm": System("random", "semicausal"),
+    "scdm-causal": System("random", "semicausal", causal=True),
 }
+
+# Shapes are given in these letters:
+#     B rows (puzzles)   T positions of a row   A positions of its answer   V tokens   C width
+#     S positions whose keys and values are cached
 
 
 def visibility(system, turn, masked):
@@ -83,8 +84,7 @@ def visibility(system, turn, masked):
 
 # 2. the transformer ---------------------------------------------------------------------------
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream. Returns what it
-    makes of x (B, T, C), and the keys and values, (B, heads, T, C / heads), after those of past."""
+    """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, heads, width):
         super().__init__()
@@ -97,15 +97,23 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, visible, past=None):
+        """x (B, T, C) -> what the block makes of it, (B, T, C), and its keys and values, each
+        (B, heads, S + T, C / heads), behind those of `past`."""
         B, T, C = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, T, C / heads)
-        if past:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        qkv = self.qkv(self.attention_norm(x))                      # (B, T, 3 * C)
+        qkv = qkv.view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, T, C / heads)
+        if past is not None:
+            k = torch.cat([past[0], k], dim=2)                      # (B, heads, S + T, C / heads)
+            v = torch.cat([past[1], v], dim=2)
+
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
-        h = F.relu(self.mlp_in(self.mlp_norm(x)))
-        return x + self.mlp_out(h * h), (k, v)         # ReLU squared: as good as GELU, and cheaper
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + self.attention_out(y)
+
+        h = F.relu(self.mlp_in(self.mlp_norm(x)))                   # (B, T, 4 * C)
+        x = x + self.mlp_out(h * h)         # ReLU squared: as good as GELU here, and cheaper
+        return x, (k, v)
 
 
 class Transformer(nn.Module):
@@ -114,52 +122,63 @@ class Transformer(nn.Module):
 
     def __init__(self, vocab_size, seq_len, layers, heads, width, seed=0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         self.mask = vocab_size
         self.token = nn.Embedding(vocab_size + 1, width)
         self.position = nn.Embedding(seq_len, width)
         self.blocks = nn.ModuleList(Block(heads, width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocab_size, bias=False)
+        self.initialize(torch.Generator().manual_seed(seed))
+
+    def initialize(self, generator):
+        """Every block starts as the identity, since what it adds to the stream starts at zero: at
+        small widths this matters more than the optimizer. The other standard deviations follow
+        from the number of inputs of a matrix, or were found by trying."""
         for name, weight in self.named_parameters():
-            if name.endswith("_out.weight"):      # every block starts as the identity: at small
-                nn.init.zeros_(weight)            # widths this matters more than the optimizer
+            if name.endswith("_out.weight"):                        # of attention and MLP
+                nn.init.zeros_(weight)
             elif name in ("token.weight", "position.weight"):
                 nn.init.normal_(weight, std=0.2, generator=generator)
             elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5, generator=generator)
+                fan_in = weight.shape[1]
+                nn.init.normal_(weight, std=0.5 * fan_in ** -0.5, generator=generator)
 
     def forward(self, tokens, positions, visible, cache=None, n_keep=0):
         """tokens (B, T), positions (B, T) or (1, T), visible (B, T, T) or (1, T, T) bool ->
-        logits (B, T, vocab_size). Positions are explicit: trimmed or reordered, a token keeps
-        the position that it has in the full sequence.
+        logits (B, T, V). Positions are explicit: trimmed or reordered, a token keeps the position
+        that it has in the full sequence.
 
         A decoder may pass a `cache`, at first {}: keys and values of S tokens of earlier passes, to
-        go before those of this one; visible is (B or 1, T, S + T), the first `n_keep` are kept."""
-        x = self.token(tokens) + self.position(positions)                               # (B, T, C)
+        go before those of this one; visible is (B or 1, T, S + T), of all S + T the first n_keep
+        are kept."""
+        x = self.token(tokens) + self.position(positions)           # (B, T, C)
+        visible = visible[:, None]                                  # the same for all heads
         for i, block in enumerate(self.blocks):
-            x, (k, v) = block(x, visible[:, None], (cache or {}).get(i))    # one mask, all heads
-            if cache is not None:
+            past = cache.get(i) if cache else None
+            x, (k, v) = block(x, visible, past)
+            if n_keep:
                 cache[i] = k[:, :, :n_keep], v[:, :, :n_keep]
-        return self.output(self.norm(x))                                       # (B, T, vocab_size)
+        return self.output(self.norm(x))                            # (B, T, V)
 
 
 # 3. the objective -----------------------------------------------------------------------------
-# tokens is (B, T), the prompt first; A is the length of the answer. rng is numpy's, so that
-# training draws the same on every device.
+# tokens is (B, T), the prompt first. rng is numpy's, so that training draws the same on every
+# device.
+
+
 def hide(system, tokens, prompt_len, mask, cut, window, rng):
     """cut: a number or (B, 1). Tokens of an earlier turn stay known, the next `window` are masked,
     the rest is absent; AR knows all. Returns what the model reads, turn, masked, each (B, T)."""
     B, T = tokens.shape
-    turn = torch.arange(T).repeat(B, 1)
+    turn = torch.arange(T, device=tokens.device).repeat(B, 1)
     if system.order == "random":
-        shuffled = torch.from_numpy(rng.random((B, T - prompt_len)).argsort(1))        # 0..A-1
-        turn = torch.cat([turn[:, :prompt_len], prompt_len + shuffled], dim=1)
-    turn = turn.to(tokens.device)
+        shuffled = rng.random((B, T - prompt_len)).argsort(1)               # 0 .. A - 1
+        turn[:, prompt_len:] = prompt_len + torch.from_numpy(shuffled)
     if system.shifted:
         return F.pad(tokens, (1, -1), value=mask), turn, torch.zeros_like(turn, dtype=torch.bool)
+
     known = turn < cut
-    turn = torch.where(turn < cut + window, turn, -1)                          # the rest is absent
+    turn = torch.where(turn < cut + window, turn, -1)                       # the rest is absent
     return torch.where(known, tokens, mask), turn, turn >= cut
 
 
@@ -167,16 +186,21 @@ def objective(system, tokens, prompt_len, mask, window, rng):
     """Draw a cut for every row, uniformly from the A turns of the answer: AR+MTP's random prefix,
     or in random order masked diffusion's random number of masks. The window is a number, "random"
     (drawn for the whole batch, uniformly from 1 to A), or None: all. Returns inputs, turn, masked,
-    and the weight of each token's cross-entropy in the loss, each (B, T). The plain mean over
-    masked tokens has, for a model that can fit everything, the same minimiser as diffusion's ELBO,
-    which weights each row's sum by A over its number of masks; and it has less variance."""
+    and the weight of each token's cross-entropy in the loss, each (B, T).
+
+    The weights make a plain mean over masked tokens. For a model that can fit everything it has
+    the same minimiser as diffusion's ELBO, which weights each row's sum by A over its number of
+    masks; and it has less variance."""
     B, T = tokens.shape
+    A = T - prompt_len
     if window == "random":
-        window = rng.integers(1, T - prompt_len, endpoint=True)
+        window = rng.integers(1, A, endpoint=True)
+
     # One random offset, then evenly spread over the rows: every batch covers the cuts evenly.
-    spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
-    cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)        # (B, 1)
+    spread = (np.arange(B)[:, None] + rng.random()) * A / B
+    cut = prompt_len + torch.from_numpy(spread.astype(np.int64)).to(tokens.device)      # (B, 1)
     inputs, turn, masked = hide(system, tokens, prompt_len, mask, cut, window or T, rng)
+
     weight = masked
     if system.shifted:
         weight = turn >= prompt_len
@@ -192,94 +216,120 @@ def cross_entropy(model, system, tokens, inputs, turn, masked):
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
-# 4. nats --------------------------------------------------------------------------------------
-# Every system is a generative process with a negative log-likelihood: exact from the left, in
-# random order its mean over the orders, an upper bound. The lowest possible value, the floor, is
-# the entropy of the answer. At temperature 1 (for diffusion in uniform order) the share of right
-# answers is at least exp(-(nats - floor)).
-@torch.no_grad()
-def nats(model, system, tokens, prompt_len, n_latents, rng):
-    """Nats for an answer, decoded one token a step beside k latent tokens: the sum over cuts of the
-    cross-entropy of the token that would be decoded, as a mean over the rows of tokens. One number
-    for each k of n_latents; nan where this measure does not apply."""
-    T, totals = tokens.shape[1], torch.zeros(len(n_latents))
-    for cut in range(prompt_len, T):
-        for i, k in enumerate(n_latents):
-            part = tokens[:, :cut + k + 1] if system.order == "left" else tokens     # k + 1 masked
-            if i == 0 or part.shape != inputs.shape:     # else the last pass serves this k, too
-                inputs, turn, masked = hide(system, part, prompt_len, model.mask, cut, T, rng)
-                ce = cross_entropy(model, system, part, inputs, turn, masked)
-            if system.order == "left":
-                decoded = turn == cut
-            elif system.sees == "semicausal":   # the one that has seen k latent tokens, or all left
-                decoded = turn == min(cut + k, T - 1)
-            elif (system.sees, k) in [("independent", 0), ("joint", T - prompt_len - 1)]:
-                decoded = masked               # each could be the decoded one: take their mean
-            else:
-                return torch.full_like(totals, math.nan)
-            totals[i] += ((ce * decoded).sum() / decoded.sum()).item()
-    return totals
-
-
-# 5. the decoder -------------------------------------------------------------------------------
-# Which candidate is decoded next: the one with the highest score, from their probabilities
-# (B, candidates, V). In uniform order it is the first one, which is random already.
+# 4. the decoder -------------------------------------------------------------------------------
+# Which candidate is decoded next: the one with the highest score, from the probabilities
+# (B, candidates, V). Places are shuffled, so the first one is a random one.
 POLICIES = {
+    "random": lambda p: torch.zeros_like(p[..., 0]),
     "top-prob": lambda p: p.amax(-1),                       # its best token is the most probable
-    "margin": lambda p: -p.topk(2).values.diff()[..., 0],   # best less second best (2502.06768)
-    "uniform": lambda p: torch.zeros_like(p[..., 0]),
+    "margin": lambda p: -p.topk(2).values.diff()[..., 0],   # best less second (2502.06768)
 }
+
+
+class Decoded(NamedTuple):
+    tokens: torch.Tensor       # (B, T), the answers filled in
+    nats: torch.Tensor         # (B,), minus the log-probability of all decoded tokens
+    forward_tokens: int        # positions through the transformer for one puzzle, over all steps
+    latents: int               # the most masked tokens that a candidate saw beside itself
 
 
 @torch.no_grad()
 def decode(model, system, tokens, prompt_len, n_latent, policy="top-prob", candidates=8,
-           temperature=1.0, generator=None, on_step=None):
-    """Fill in the answers, one token a step. In random order some masked positions, drawn anew at
-    every step, are *candidates* for the policy to choose from (from the left there is but one, the
-    next), n_latent more (or all that are left) are latent, and the rest does not go through the
-    model. Returns the filled tokens, (B, T), and *forward tokens*: how many positions went through
-    the transformer for one puzzle, the honest unit of inference cost. on_step(tokens, positions,
-    logits, c, decoded) may watch the masked tokens of each pass, first the c candidates."""
+           temperature=1.0, teacher_forcing=False, generator=None, on_step=None):
+    """Fill in the answers of tokens, (B, T), one token a step. In random order some masked
+    positions, drawn anew at every step, are *candidates* for the policy to choose from (from the
+    left there is but one, the next), n_latent more (or all that are left) are latent, and the rest
+    does not go through the model.
+
+    With teacher forcing each token is put in as it stands in `tokens`, instead of drawn: `nats` of
+    the result is then the negative log-likelihood of these answers, for every order, pattern and
+    number of latent tokens, since it comes from the very process that decodes. (The choice of a
+    place is not counted, so it is exact from the left, else an upper bound, by Jensen's
+    inequality.) At temperature 1 the share of right answers is at least exp(-(nats - floor)), where
+    the floor, the lowest possible value, is the entropy of the answer.
+
+    on_step(tokens, positions, logits, c, place) may watch the masked tokens of each pass: first
+    the c candidates, then the latent ones. In `tokens` the one at `place` is decoded already."""
     B, T = tokens.shape
-    position = torch.arange(T, device=tokens.device).expand(B, T)
-    tokens = torch.where(position < prompt_len, tokens, model.mask)
-    known, unknown = position[:, :prompt_len], position[:, prompt_len:]
-    cache, cached, forward_tokens = {} if system.causal else None, 0, 0
-    for n in range(prompt_len, T):          # beside n known tokens c candidates, k latent tokens
-        c = 1 if system.order == "left" else min(candidates, T - n)
+    device = tokens.device
+    order = torch.arange(T, device=device).repeat(B, 1)         # the first n are known
+    answers = tokens
+    tokens = torch.where(order < prompt_len, tokens, model.mask)
+    nats = forward_tokens = latents = cached = 0
+    cache = {}
+    for n in range(prompt_len, T):
+        c = min(candidates, T - n) if system.order == "random" else 1
         k = min(n_latent, T - n - c)
-        turn = torch.arange(n + c + k, device=tokens.device)[None]
+
+        # Through the model go n known tokens, c candidates, k latent tokens, each with its position
+        # in the puzzle: the order in which they are listed means nothing to the model.
+        turn = torch.arange(n + c + k, device=device)[None]
         if system.order == "random":
-            shuffled = torch.rand(B, T - n, generator=generator, device=tokens.device).argsort(1)
-            unknown = unknown.gather(1, shuffled)
-            turn[:, n + c:] -= c      # latent tokens have the next turns, candidates share the one
-            turn[:, n:n + c] = n + k  # after: in SCDM candidates see latent tokens, not each other
-        positions = torch.cat([known, unknown[:, :c + k]], dim=1)[:, cached:]       # what is new
-        inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
+            shuffled = torch.rand(B, T - n, generator=generator, device=device).argsort(1)
+            order[:, n:] = order[:, n:].gather(1, shuffled)
+            turn[:, n:n + c] = n + k        # latent tokens have the next turns, candidates share
+            turn[:, n + c:] -= c            # the one after: they see latent tokens, not each other
         masked = (turn >= n) & (not system.shifted)
-        visible = visibility(system, turn, masked)[:, cached:]
-        n_keep = n + system.shifted        # AR's slot n reads token n - 1, which is known, too
-        logits = model(inputs.gather(1, positions), positions, visible, cache, n_keep)
-        forward_tokens += positions.shape[1]
-        logits = logits[:, n - cached:]                                   # (B, c + k, V)
+        positions = order[:, :n + c + k]
+        inputs = F.pad(tokens, (1, -1), value=model.mask) if system.shifted else tokens
+        inputs = inputs.gather(1, positions)
+        visible = visibility(system, turn, masked)
+        seen = visible[:, n:n + c, n:].sum(-1)      # how many unknown tokens a candidate sees,
+        latents = max(latents, seen.max().item() - 1)                       # itself not counted
 
-        best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)       # (B, 1)
-        logit = logits.take_along_dim(best[..., None], 1)                             # (B, 1, V)
+        # But not what is cached. (AR's slot n reads token n - 1, which is known, so keep it, too.)
+        n_keep = n + system.shifted if system.causal else 0
+        logits = model(inputs[:, cached:], positions[:, cached:], visible[:, cached:], cache,
+                       n_keep)
+        logits = logits[:, n - cached:]                                     # (B, c + k, V)
+        forward_tokens += n + c + k - cached
+        cached = n_keep
+
+        # The policy chooses a candidate, the Gumbel-max trick draws its token. (Temperature 0 takes
+        # the most probable one.)
+        best = POLICIES[policy](logits[:, :c].softmax(-1)).argmax(1, keepdim=True)      # (B, 1)
+        logit = logits.take_along_dim(best[..., None], 1)[:, 0]                         # (B, V)
         gumbel = -torch.empty_like(logit).exponential_(generator=generator).clamp(1e-30).log()
-        token = (logit + temperature * gumbel).argmax(-1)       # the Gumbel-max trick, (B, 1)
-        decoded = unknown.gather(1, best)                                                # (B, 1)
-        tokens = tokens.scatter(1, decoded, token)
-        if on_step:
-            on_step(tokens, unknown[:, :c + k], logits, c, decoded)
-        known = torch.cat([known, decoded], dim=1)
-        unknown = unknown.scatter(1, best, unknown[:, :1])[:, 1:]       # the first fills the gap
-        cached = n_keep if system.causal else 0
-    return tokens, forward_tokens
+        token = (logit + temperature * gumbel).argmax(-1)                               # (B,)
+        place = order.gather(1, n + best)                                               # (B, 1)
+        if teacher_forcing:
+            token = answers.gather(1, place)[:, 0]
+        nats += F.cross_entropy(logit, token, reduction="none")
+        tokens = tokens.scatter(1, place, token[:, None])
+        if on_step is not None:
+            on_step(tokens, positions[:, n:], logits, c, place)
+
+        order = order.scatter(1, n + best, order[:, n:n + 1])               # they change places
+        order[:, n:n + 1] = place
+    return Decoded(tokens, nats, forward_tokens, latents)
 
 
-# 6. training ----------------------------------------------------------------------------------
-# What makes a model what it is. The first three name its files.
-SETTINGS = "system window seed task size batch_size lr layers heads width".split()
+# 5. training ----------------------------------------------------------------------------------
+class Recipe(NamedTuple):
+    """What makes a model what it is. It names the model's files, stands in its checkpoint and its
+    records, and is compared when training goes on. A new setting needs a default: that of older
+    checkpoints."""
+    system: str
+    window: int | str | None   # of the objective; None but for AR+MTP
+    seed: int
+    task: str
+    size: str
+    batch_size: int
+    lr: float
+    layers: int
+    heads: int
+    width: int
+
+    @property
+    def name(self):
+        parts = self.system, self.window, f"s{self.seed}"
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def build(recipe, task):
+    """The untrained model of a recipe."""
+    return Transformer(task.vocab_size, task.seq_len, recipe.layers, recipe.heads, recipe.width,
+                       recipe.seed)
 
 
 class RunError(Exception):
@@ -293,175 +343,212 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        matrices, lr = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        [group] = self.param_groups
+        matrices = group["params"]
         gradient = torch.stack([w.grad for w in matrices])
         momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(gradient))
-        x = gradient.lerp(momentum.lerp_(gradient, 0.05), 0.95)                     # Nesterov's
-        x = x.mT if (tall := x.shape[1] > x.shape[2]) else x
+        momentum.lerp_(gradient, 0.05)
+        x = gradient.lerp(momentum, 0.95)                       # Nesterov's
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
         x = F.normalize(x, dim=(1, 2), eps=1e-7)
-        for _ in range(5):                    # Newton-Schulz: takes all singular values near 1
+        for _ in range(5):          # Newton-Schulz: takes all singular values near 1
             gram = x @ x.mT
             gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
             x = torch.baddbmm(x, gram, x, beta=3.4445)
-        x = 0.2 * max(x.shape[1:]) ** 0.5 * (x.mT if tall else x)     # as long as AdamW's steps
-        torch._foreach_add_(matrices, x.unbind(), alpha=-lr)
+        x = x.mT if tall else x
+        length = 0.2 * max(x.shape[1:]) ** 0.5                  # as long as AdamW's steps
+        torch._foreach_add_(matrices, (length * x).unbind(), alpha=-group["lr"])
 
 
 def optimizers(model, lr):
-    """Muon for the blocks' matrices, one for each kind; AdamW for the rest (alone it is worse)."""
-    kinds = [*zip(*([w for w in block.parameters() if w.dim() == 2] for block in model.blocks))]
-    others = [w for name, w in model.named_parameters() if "blocks" not in name or w.dim() < 2]
-    return [*(Muon(kind, {"lr": lr}) for kind in kinds),
-            torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0, fused=True)]
+    """Muon for the matrices of the blocks, one for each kind; AdamW for the rest (alone it is
+    worse)."""
+    opts = []
+    for name, weight in model.blocks[0].named_parameters():
+        if weight.dim() == 2:
+            opts.append(Muon([block.get_parameter(name) for block in model.blocks], {"lr": lr}))
+    rest = [w for name, w in model.named_parameters() if "blocks" not in name or w.dim() < 2]
+    opts.append(torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0, fused=True))
+    return opts
 
 
-def batch(task, args, mask, step):
-    """Tokens of a training step, counted from 0, and what `objective` makes of them. They follow
-    from (seed, step) alone: a resumed run goes on exactly, no random state needs saving."""
-    rng = np.random.default_rng((args.seed, step))
-    tokens = torch.from_numpy(task.batch(args.batch_size, rng, "train"))
-    return tokens, *objective(SYSTEMS[args.system], tokens, task.prompt_len, mask, args.window, rng)
+def train(task, recipe, model, path, steps, resume):
+    """Train a model and keep its checkpoint, `path`, up to date; with `resume` go on from it.
+    Returns what it holds: step, minutes, history ([step, loss] every 50 steps), and the weights."""
+    system = SYSTEMS[recipe.system]
+    device = model.output.weight.device
+    opts = optimizers(model, recipe.lr)
+    if not path.exists():
+        # What can not be written, or not be read again, shows before it costs any training.
+        save(path, recipe, model, opts, {"step": 0, "minutes": 0.0, "history": []})
+    elif not resume:
+        raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
+    state = load(path, recipe, model)
+    if state["step"] >= steps:
+        return state
+    if "optimizers" not in state:
+        raise RunError(f"{path} holds weights alone, which can not be trained on")
+    for opt, opt_state in zip(opts, state["optimizers"]):
+        opt.load_state_dict(opt_state)
 
-
-def train(task, args, model):
-    """Train a model and keep its checkpoint, args.path, up to date; or load --checkpoint. Returns
-    step, minutes, and history: [step, loss] each 50 steps or less."""
-    opts, state = optimizers(model, args.lr), {"step": 0, "minutes": 0.0, "history": []}
-    system, path = SYSTEMS[args.system], args.checkpoint or args.path
-    if args.checkpoint or (args.resume and path.exists()):
-        saved = load(path)
-        for name, value in saved["settings"].items():
-            if value != getattr(args, name):
-                raise RunError(f"{path}: its {name} is {value}, not {getattr(args, name)}")
-        try:
-            model.load_state_dict(saved["model"])
-            state = {name: saved[name] for name in state}
-            if args.checkpoint or state["step"] >= args.steps:
-                return state
-            for opt, opt_state in zip(opts, saved["optimizers"]):
-                opt.load_state_dict(opt_state)
-        except (RuntimeError, KeyError, ValueError):
-            raise RunError(f"{path}: another model, only weights, or older; no --resume") from None
-    elif args.resume:
-        tqdm.write(f"{path} is not there: it is trained from the start", file=sys.stderr)
-    forward = torch.compile(cross_entropy) if args.compile else cross_entropy
-    cuda = args.device == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)        # else float32
-    started = time.time() - 60 * state["minutes"]
-    batches = DataLoader(range(state["step"], args.steps), batch_size=None,
-                         collate_fn=partial(batch, task, args, model.mask),
-                         num_workers=int(cuda), pin_memory=cuda)  # another process draws ahead
-    bar = tqdm(batches, args.path.stem, args.steps, initial=state["step"], position=args.bar)
-    for step, drawn in enumerate(bar, state["step"] + 1):
-        tokens, inputs, turn, masked, weight = (x.to(args.device, non_blocking=cuda) for x in drawn)
-        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            ce = forward(model, system, tokens, inputs, turn, masked)
-        loss = (weight * ce).sum()
+    bar = trange(state["step"], steps, desc=recipe.name, initial=state["step"], total=steps,
+                 disable=None if sys.stderr else True)          # shown in a terminal, not in a log
+    saved = time.monotonic()
+    for step in bar:
+        # Seed and step alone say what is drawn: a resumed run goes on exactly.
+        rng = np.random.default_rng((recipe.seed, step))
+        tokens = torch.from_numpy(task.batch(recipe.batch_size, rng, "train")).to(device)
+        inputs, turn, masked, weight = objective(system, tokens, task.prompt_len, model.mask,
+                                                 recipe.window, rng)
+        loss = (weight * cross_entropy(model, system, tokens, inputs, turn, masked)).sum()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # A short warm-up, then constant, then in the second half linear to 5 %.
-        lr = args.lr * min(1, step / 100, 0.05 + 1.9 * (1 - (step - 1) / args.steps))
+
+        # A short warm-up, then constant, in the second half linear to 5 %.
+        lr = recipe.lr * min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / steps))
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
-        saving = step == args.steps or time.time() - started > 60 * (state["minutes"] + 1)
-        if saving or step % 50 == 0:                              # .item() waits for the device
-            if not math.isfinite(loss.item() + norm.item()):
-                raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {step}")
-            state["history"].append([step, loss.item()])
+
+        done = step + 1
+        if done % 50 == 0 or done == steps:
+            if not (loss + norm).isfinite():
+                raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {done}")
             bar.set_postfix_str(f"loss {loss.item():.3f}")
-            if (parent := torch.multiprocessing.parent_process()) and not parent.is_alive():
-                raise KeyboardInterrupt                                  # an orphan ends
-        if saving:
-            state.update(step=step, minutes=(time.time() - started) / 60)
-            torch.save({"settings": {name: getattr(args, name) for name in SETTINGS}, **state,
-                        "model": model.state_dict(),
-                        "optimizers": [opt.state_dict() for opt in opts]}, file := io.BytesIO())
-            write(path, file.getvalue())
+            state["history"].append([done, loss.item()])
+            now = time.monotonic()
+            if done == steps or now > saved + 60:
+                state["step"] = done
+                state["minutes"] += (now - saved) / 60
+                saved = now
+                try:
+                    save(path, recipe, model, opts, state)
+                except OSError as error:
+                    if done == steps:
+                        raise
+                    print(f"{error}; the next checkpoint may succeed")
     return state
 
 
-def write(path, content):
-    """Write bytes to a file, whole or not at all: a temporary file (it stays if this fails)."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def save(path, recipe, model, opts, state):
+    """Write a checkpoint, whole or not at all."""
+    state = {**state, "settings": recipe._asdict(), "model": model.state_dict(),
+             "optimizers": [opt.state_dict() for opt in opts]}
+    content = io.BytesIO()              # torch itself hides why a file can not be written
+    torch.save(state, content)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content.getvalue())
+    temporary.replace(path)
 
 
-def load(path):
-    """Read a checkpoint, without running code that it may hold. Settings it lacks are None."""
+def load(path, recipe, model):
+    """Read a checkpoint, without running code that it may hold, and put its weights into the
+    model. Returns all that it holds."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved | {"settings": {name: saved["settings"].get(name) for name in SETTINGS}}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = Recipe(**state["settings"])
+    except OSError:
+        raise
     except Exception as error:
         raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
+    if found != recipe:
+        raise RunError(f"{path} is another model: {found}")
+    model.load_state_dict(state["model"])
+    return state
 
 
-# 7. evaluation --------------------------------------------------------------------------------
-def evaluate(task, args, model, state, decode, order=None, candidates=None):
-    """For each number of latent tokens measure nats of --samples test puzzles and decode them.
-    Records go to args.path, as .json. `unseen`: of the valid boards, the share held out (10 %)."""
+# 6. evaluation --------------------------------------------------------------------------------
+def evaluate(task, recipe, model, decoding, samples):
+    """Decode test puzzles, the same ones for all models and seeds. `decoding` is what `decode` is
+    told. Returns a dict of measurements:
+
+        latents         most latent tokens that a decoded token had
+        accuracy        the share of right answers
+        nats            the negative log-likelihood of an answer, in the order of decoding
+        forward_tokens  the cost: how many tokens went through the model for a puzzle
+    """
+    device = model.output.weight.device
+    rng = np.random.default_rng((0, 2**32))                     # no (seed, step) of training
+    tokens = torch.from_numpy(task.batch(samples, rng, "test")).to(device)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    solve = partial(decode, model, SYSTEMS[recipe.system], tokens, task.prompt_len,
+                    generator=generator, **decoding)
+
+    solved = solve()
+    right = task.correct(solved.tokens.cpu().numpy())
+    nats = solve(teacher_forcing=True).nats
+    return {"latents": solved.latents, "accuracy": right.mean(), "nats": nats.mean().item(),
+            "forward_tokens": solved.forward_tokens}
+
+
+def experiment(task, recipe, decodings, folder, args):
+    """Train one model and evaluate it in every way of decoding: each is a line of NAME.jsonl, with
+    all that says how it was made. Or watch it, if it is trained already."""
+    model = build(recipe, task).to(args.device)
+    path = folder / f"{recipe.name}.pt"
     if args.watch is not None:
-        return watch(task, args, decode)
-    rng = np.random.default_rng((args.seed, 2**32 + 1))         # steps use (seed, step < 2**32)
-    tokens = torch.from_numpy(task.batch(args.samples, rng, "test")).to(args.device)
-    parts = tokens.split(128 if args.device == "cpu" else 1024)
-    measured = sum(nats(model, SYSTEMS[args.system], part, task.prompt_len, args.latents, rng)
-                   * len(part) / args.samples for part in parts)
-    path = args.path.with_suffix(".json")
-    records = json.loads(path.read_text())["records"] if path.exists() else {}
-    bar = tqdm(args.latents, f"{args.path.stem} decodes", leave=False, position=args.bar)
-    decode(tokens=parts[0], n_latent=args.latents[0])[0].cpu()                  # warms up
-    for k, nats_of_k in zip(bar, measured.tolist()):
-        generator, started = torch.Generator(args.device).manual_seed(args.seed), time.time()
-        done = [decode(tokens=part, n_latent=k, generator=generator) for part in parts]
-        filled = torch.cat([filled for filled, _ in done]).cpu().numpy()
-        seconds, right = time.time() - started, task.correct(filled)
-        unseen = task.held_out(filled[right]).mean() if any(right) and not task.prompt_len else None
-        how = {name: getattr(args, name) for name in (*SETTINGS, "temperature", "samples")}
-        how.update(step=state["step"], n_latent=k, order=order, candidates=candidates)
-        records[json.dumps(how)] = {                 # only the same measurement replaces it
-            **how, "accuracy": right.mean().item(), "unseen": unseen,
-            "nats": None if math.isnan(nats_of_k) else nats_of_k, "nats_floor": task.floor_nats,
-            "forward_tokens": done[0][1], "ms_per_puzzle": 1000 * seconds / args.samples,
-            "train_minutes": state["minutes"], "device": args.device, "torch": torch.__version__}
-        write(path, json.dumps({**state, "records": records}, indent=1).encode())
+        load(path, recipe, model)
+        return watch(task, recipe, model, decodings, args.watch)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = train(task, recipe, model, path, args.steps, args.resume)
+    for decoding in decodings:
+        found = evaluate(task, recipe, model, decoding, args.samples)
+        record = {"model": recipe._asdict(), "decoding": decoding, **found, "samples": args.samples,
+                  "step": state["step"], "minutes": state["minutes"], "device": args.device,
+                  "floor_nats": task.floor_nats}
+
+        # Lines are only added: no measurement is lost, and the last of a kind counts.
+        with path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{recipe.name:<14} {decoding.get('policy', 'left'):<9} {found['latents']:>2} latent "
+              f"tokens {found['accuracy']:7.1%} right {found['nats']:6.2f} nats "
+              f"{found['forward_tokens']:>5} forward tokens", flush=True)
 
 
-def watch(task, args, decode):
-    """Solve one test puzzle with the least and with the most latent tokens, and show every pass."""
-    rng = np.random.default_rng((args.watch, 2**32))
-    puzzle = torch.from_numpy(task.batch(1, rng, "test")).to(args.device)
-    print("[x] is decoded, x 83% a candidate, as sure as that, x~83% latent, . not in this pass")
-    for k in sorted({args.latents[0], args.latents[-1]}):
-        def on_step(tokens, positions, logits, c, decoded):
-            shown, form = tokens[0].tolist(), {}
-            for i, (place, p) in enumerate(zip(positions[0].tolist(), logits[0].softmax(-1))):
-                style = "[{}]"
-                if place != decoded[0, 0]:
-                    style, shown[place] = " {} " if i < c else " {}~", p.argmax().item()
-                form[place] = f"{style}{100 * p[shown[place]]:3.0f}%"
-            board = task.show(shown, lambda place, text: form.get(place, " {}     ").format(text))
-            text = f"\n{args.path.stem}, {k} latent tokens\n{board}"
-            print(text, flush=True)
-            if sys.stdout.isatty() and (tokens >= task.vocab_size).any():  # the next goes over it
-                time.sleep(0.3)
-                print(f"\033[{text.count(chr(10)) + 1}F\033[J", end="")
+def watch(task, recipe, model, decodings, puzzle):
+    """Show every pass of a model that solves one puzzle, a given one or that of a seed, in every
+    way of decoding."""
+    try:
+        if len(puzzle) < 10:
+            tokens = task.batch(1, np.random.default_rng((int(puzzle), 2**32)), "test")
+        else:
+            tokens = task.read(puzzle)
+    except (AttributeError, ValueError) as error:
+        raise RunError(f"--watch: {puzzle} is no puzzle of {task.name}: {error}") from None
+    tokens = torch.from_numpy(tokens).to(model.output.weight.device)
 
-        filled, _ = decode(tokens=puzzle, n_latent=k, on_step=on_step,
-                           generator=torch.Generator(args.device).manual_seed(args.watch))
-        print(f"The answer is {'right' if task.correct(filled.cpu().numpy())[0] else 'wrong'}.")
+    def show(tokens, positions, logits, c, place):
+        guesses = tokens.scatter(1, positions, logits.argmax(-1))
+        shown = torch.where(tokens == model.mask, guesses, tokens)
+
+        form = ["{}  "] * task.seq_len              # how the token at each place is written
+        for i, masked in enumerate(positions[0]):
+            form[masked] = "{}? " if i < c else "{}~ "
+        form[place] = "{}! "
+        print(task.show(shown[0].tolist(), lambda i, text: form[i].format(text)))
+        print()
+
+    print("x! is decoded, x? a candidate, x~ a latent token, . not in this pass\n")
+    for decoding in decodings:
+        print(f"{recipe.name}, {decoding}\n")
+        torch.manual_seed(0)                        # so that it can be seen again
+        solved = decode(model, SYSTEMS[recipe.system], tokens, task.prompt_len, on_step=show,
+                        **decoding)
+        print("right\n" if task.correct(solved.tokens.cpu().numpy()) else "wrong\n")
 
 
-# 8. around it, shared by both scripts ----------------------------------------------------------
+# 7. around it, shared by both scripts ----------------------------------------------------------
 def at_least(least, kind=int, words=()):
-    """An argparse type: a finite number, not below `least`, or one of some words."""
+    """An argparse type: a number from `least` on, or one of some words."""
     def number(text):
-        if text not in words and not least <= kind(text) < 2**63:
+        if text in words:
+            return text
+        if not least <= kind(text) < 1e9:
             raise ValueError
-        return text if text in words else kind(text)
-    number.__name__ = " or ".join([f"number >= {least}", *words])
+        return kind(text)
     return number
 
 
@@ -470,180 +557,126 @@ def common_flags(description, tasks, order, default_systems):
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    sizes = "; ".join(f"{t.name}: {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
-    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    flag("--task", default="sudoku", choices=tasks, help="the puzzle [%(default)s]")
-    flag("--size", help=f"its size and [default]: {sizes}")
+    sizes = "; ".join(f"{t.name} {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--task", default=next(iter(tasks)), choices=tasks, help="the puzzle [%(default)s]")
+    flag("--size", help=f"its size: {sizes}")
     flag("--systems", nargs="+", default=default_systems, choices=systems,
          help=f"what to train [{' '.join(default_systems)}]")
-    flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K", help="numbers of "
-         "latent tokens to sweep [0, powers of two, all; more is all]; some systems have one")
     flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each [0]")
-    for name, kind, default, text in [
-            ("steps", at_least(1), 4600, "training steps"),
-            ("batch-size", at_least(1), 64, "puzzles in a step"),
-            ("lr", at_least(0, float), 3e-3, "highest learning rate"),
-            ("layers", at_least(1), 3, "transformer blocks"),
-            ("heads", at_least(1), 4, "attention heads in a block"),
-            ("width", at_least(1), 64, "width of the residual stream"),
-            ("samples", at_least(2), 1024, "test puzzles in each evaluation"),
-            ("temperature", at_least(0, float), 1.0, "of decoding; 0: the most probable token"),
-            ("jobs", at_least(1), 3, "models to train side by side")]:
-        flag(f"--{name}", type=kind, default=default, help=f"{text} [%(default)s]")
-    flag("--device", default=devices[0], choices=devices, help="[%(default)s]")
-    flag("--compile", action="store_true", help="train with torch.compile")
-    flag("--out", type=Path, help="folder for all output [out/TASK-SIZE]")
-    flag("--resume", action="store_true", help="go on from the checkpoints in the output folder")
-    flag("--checkpoint", type=Path, help="train nothing, evaluate this checkpoint")
-    flag("--watch", nargs="?", type=at_least(0), const=0, metavar="SEED",
-         help="once trained, only solve one puzzle, drawn with this seed [0], and show every step")
+    flag("--steps", type=at_least(1), help="training steps [what the task needs]")
+    for name, default, text in [
+            ("batch-size", 64, "puzzles in a step"),
+            ("layers", 3, "transformer blocks"),
+            ("heads", 4, "attention heads in a block"),
+            ("width", 64, "width of the residual stream"),
+            ("samples", 512, "test puzzles in each evaluation")]:
+        flag(f"--{name}", type=at_least(1), default=default, help=f"{text} [%(default)s]")
+    flag("--lr", type=at_least(0, float), default=3e-3, help="highest learning rate [%(default)s]")
+    flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K",
+         default=[0, 1, 2, 4, 8, 16, "all"], help="numbers of latent tokens to decode "
+         "with [0 1 2 4 8 16 all]; more than there are is all, some systems have but one")
+    flag("--device", default=str(device), help="cuda, mps or cpu [%(default)s]")
+    flag("--out", help="folder for all output [out/TASK-SIZE]")
+    flag("--resume", action="store_true", help="go on from the checkpoints there; what is trained "
+         "already is only evaluated")
+    flag("--watch", nargs="?", const="0", metavar="SEED or PUZZLE", help="only show how trained "
+         "models solve the puzzle of a seed [0], or your own, row by row as 1..3...")
     return parser
 
 
-def sweep(args, most):
-    """The numbers of latent tokens to decode with: those of --latents, or 0, powers of two, all."""
-    chosen = args.latents or [0, *(2**i for i in range((2 * most // 3).bit_length())), most]
-    return sorted({most if k == "all" else min(k, most) for k in chosen})
+def sweep(latents, most):
+    """The numbers of latent tokens to decode with, of which there are at most `most`."""
+    return sorted({most if k == "all" else min(k, most) for k in latents})
 
 
-def prepare(args, tasks, make_jobs):
-    """Complete and check the flags before any work is done. Returns the task, and for every model
-    its job: the flags, its system, window, seed and latents, and the path of its checkpoint."""
-    if args.checkpoint:                                  # the model's settings are its checkpoint's
-        vars(args).update(settings := load(args.checkpoint)["settings"])
-        print(f"{args.checkpoint}:", *(f"{k} {v}" for k, v in settings.items() if v is not None))
-        order = getattr(SYSTEMS.get(args.system), "order", "")
-        if order != SYSTEMS[args.systems[0]].order or args.task not in tasks:
-            raise RunError(f"--checkpoint: {args.system} for {args.task} is not of this script")
-        args.systems, args.windows, args.seeds = [args.system], [args.window], [args.seed]
-        args.out = args.out or args.checkpoint.parent
-    args.size = args.size or tasks[args.task].default_size
-    if args.size not in tasks[args.task].sizes:
-        raise RunError(f"--size: {args.task} comes in {', '.join(tasks[args.task].sizes)}")
-    if args.width % args.heads:
-        raise RunError(f"--width: {args.width} is not divisible by --heads {args.heads}")
-    task, jobs = tasks[args.task](args.size), {}
-    args.out = args.out or Path("out") / f"{args.task}-{args.size}"
-    for job in make_jobs(task, args):
-        name = "-".join(str(x) for x in (job["system"], job["window"], f"s{job['seed']}") if x)
-        path = args.out / (args.checkpoint.name if args.checkpoint else f"{name}.pt")
-        if path.exists() and not (args.resume or path.samefile(args.checkpoint or args.out)):
-            raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
-        jobs[name] = argparse.Namespace(**vars(args) | job, path=path, bar=len(jobs) % args.jobs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    return task, list(jobs.values())
-
-
-def work(i, width, lock, failures, task, jobs, experiment):
-    """Process i of `width` runs experiment(task, job) for every width-th job."""
-    tqdm.set_lock(lock)
-    torch.set_num_threads(max(1, torch.get_num_threads() // width))
-    if jobs[0].device == "cuda":
-        torch.cuda.set_device(i % torch.cuda.device_count())                # several in turn
-    for job in jobs[i::width]:
-        try:
-            experiment(task, job)
-        except (RunError, OSError, torch.OutOfMemoryError) as error:         # the others go on
-            failures.put(str(error))
-
-
-def main(parser, tasks, make_jobs, experiment):
-    """The main function of both scripts: run all jobs, some of them side by side."""
+def main(parser, tasks, models):
+    """The main function of both scripts. models(task, args, settings) yields for every model its
+    recipe, which has the settings, and its decodings: a list of what `decode` is told."""
+    # The defaults of --size and --steps depend on --task.
+    task = tasks[parser.parse_args().task]
+    parser.set_defaults(size=task.default_size, steps=task.steps)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")
+
+    # A mistake shows before any work is done.
+    if args.size not in task.sizes:
+        parser.error(f"--size: {args.task} comes in {', '.join(task.sizes)}")
+    if args.width % args.heads:
+        parser.error(f"--width: {args.width} is not divisible by --heads {args.heads}")
     try:
-        task, jobs = prepare(args, tasks, make_jobs)
-        context = torch.multiprocessing.get_context("spawn")
-        width = min(len(jobs), args.jobs) if args.watch is None else 1
-        failures = context.SimpleQueue()
-        shared = (width, context.RLock(), failures, task, jobs, experiment)
-        if width == 1:
-            work(0, *shared)
-        else:
-            torch.multiprocessing.spawn(work, shared, width)
-        if args.watch is None and (rows := summary(args)):
-            draw(rows, args)
-            lines = [HEAD, *(ROW.format(**row) for row in rows), FOOT]
-            print("\n".join(lines).replace("nan%", "   -").replace("nan", "  -"))
-        if not failures.empty():
-            raise RunError("; ".join(failures.get() for _ in iter(failures.empty, True)))
-    except KeyboardInterrupt:
-        parser.exit(130, "\nInterrupted; --resume goes on from the last checkpoints.\n")
-    except (RunError, OSError, torch.multiprocessing.ProcessExitedException) as error:
-        parser.error(str(error))
-    finally:
-        for process in torch.multiprocessing.active_children():
-            process.terminate()
+        torch.ones(1, device=args.device).item()
+    except Exception:
+        parser.error(f"--device: {args.device} does not work here, try --device cpu")
+
+    # Both scripts side by side share the cores: more threads than cores would be far slower.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    task = task(args.size)
+    folder = Path(args.out or f"out/{args.task}-{args.size}")
+
+    settings = {name: value for name, value in vars(args).items() if name in Recipe._fields}
+    failures = []
+    for recipe, decodings in models(task, args, settings):
+        try:
+            experiment(task, recipe, decodings, folder, args)
+        except KeyboardInterrupt:
+            parser.exit(130, "\nInterrupted; the same command with --resume goes on.\n")
+        except Exception as error:                          # the other models go on
+            failures.append(f"{recipe.name}: {error}")
+            if not isinstance(error, (RunError, OSError)) and "allocate" not in str(error):
+                traceback.print_exc()
+    if args.watch is None:
+        if args.steps < task.steps:
+            print(f"Compare systems after {task.steps} steps; {args.steps} are too few.")
+        # A foreign file in the folder, or no matplotlib, costs only the figure.
+        try:
+            draw(folder, recipe)
+        except Exception as error:
+            print(f"No figure: {error}")
+    if failures:
+        parser.error("\n".join(failures))
 
 
-MEANS = "accuracy nats nats_floor unseen forward_tokens ms_per_puzzle train_minutes"
-ROW = ("{name:<33}{n_latent:>7}{accuracy:>10.1%} ±{error:>5.1%}{nats:>8.2f}{excess:>8.2f}"
-       "{forward_tokens:>16.0f}{ms_per_puzzle:>11.2f}{step:>8}{train_minutes:>9.1f}{seeds:>7}"
-       "{unseen:>8.0%}")
-HEAD = ("system                           latents  accuracy           nats  excess  forward tokens"
-        "  ms/puzzle    step  minutes  seeds  unseen")
-FOOT = ("nats: at temperature 1, for diffusion in random order; excess: above the entropy of all"
-        " right answers;\nunseen: of the valid boards, those held out. Short runs favour AR.")
+PANELS = [("random", "accuracy"), ("top-prob", "accuracy"), ("random", "nats")]
 
 
-def summary(args):
-    """One row for each system, way of decoding and number of latent tokens, from all files with
-    this run's settings: means over seeds, and their error (of one: half of Wilson's interval)."""
-    groups, rows = {}, []
-    files = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
-    for r in (r for content in files for r in content.get("records", {}).values()):
-        window = {None: "", "random": " random window"}.get(r["window"], f" window {r['window']}")
-        order = f" {r['order']} of {r['candidates']}" if r["order"] else ""
-        heat = f" temperature {r['temperature']:g}" if r["temperature"] != 1 else ""
-        name = SYSTEMS[r["system"]].title + window + order + heat
-        if all(r.get(setting) == getattr(args, setting) for setting in SETTINGS[3:]):
-            groups.setdefault((name, r["step"], r["samples"], r["n_latent"]), []).append(r)
-    for (name, _, samples, _), group in sorted(groups.items()):
-        row = {key: np.array([r[key] for r in group], float).mean() for key in MEANS.split()}
-        p, n = row["accuracy"], len({r["seed"] for r in group})
-        excess = row["nats"] - row["nats_floor"]
-        error = (p * (1 - p) / samples + 0.25 / samples**2) ** 0.5 / (1 + 1 / samples)
-        if n > 1:
-            error = np.std([r["accuracy"] for r in group], ddof=1) / n**0.5
-        rows.append({**group[0], **row, "name": name, "seeds": n, "error": error, "excess": excess})
-    return rows
+def draw(folder, recipe):
+    """Draw latents.png: the latest measurements of all models in a folder that have the task and
+    the settings of this one."""
+    from matplotlib.figure import Figure                    # nothing else needs it
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel in panels[:2]:
+        panel.set_ylim(0, 1.02)
+    for path in sorted(folder.glob("*.jsonl")):
+        records = [json.loads(line) for line in path.open()]
+        model = Recipe(**records[0]["model"])
+        if model[3:] != recipe[3:]:
+            continue
+        for panel, (order, y) in zip(panels, PANELS):
+            # From the left there is but one order, which every panel shows.
+            points = {r["latents"]: r[y] for r in records if r["step"] == records[-1]["step"]
+                      and r["decoding"].get("policy", order) == order}
+            x = sorted(points)
+            color = f"C{list(SYSTEMS).index(model.system)}"         # each system has its own
+            panel.plot(x, [points[k] for k in x], "o-", color=color, label=path.stem)
 
-
-def draw(rows, args):
-    """The figure, latents.png. Of the rows it shows those that are decoded as this run does."""
-    try:
-        from matplotlib.figure import Figure
-    except Exception as error:
-        return print(f"No figure ({error}); pip install matplotlib, then the same with --resume")
-    rows = [r for r in rows if r["order"] in (None, getattr(args, "order", r["order"]))
-            and r["temperature"] == args.temperature] or rows
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    panels, one_step = figure.subplots(1, 3), len({r["step"] for r in rows}) == 1
-    loss = "nats" if math.isnan(rows[0]["nats_floor"]) else "excess"
-    for panel, x, y in zip(panels, ["n_latent"] * 2 + ["forward_tokens"], ["accuracy", loss] * 2):
-        for key in dict.fromkeys((r["name"], r["step"], r["samples"]) for r in rows):
-            curve = [r for r in rows if (r["name"], r["step"], r["samples"]) == key]
-            panel.errorbar([r[x] for r in curve], [r[y] for r in curve],
-                           [r["error"] for r in curve] if y == "accuracy" else None, capsize=3,
-                           label=key[0] if one_step else "{}, {} steps".format(*key),
-                           fmt="o-" if curve[1:] else "*", color=SYSTEMS[curve[0]["system"]].color)
-        panel.set(xlabel=x.replace("n_latent", "latent tokens").replace("_", " "),
-                  ylabel=y.replace("excess", "excess nats"))
-        if x == "n_latent":
-            panel.set_xscale("symlog", linthresh=1)
-            panel.set_xticks(ticks := sorted({r[x] for r in rows}), ticks, rotation=60)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path := args.out / "latents.png", dpi=150)
-    print(f"The figure is {path}")
+            panel.set_xscale("symlog", base=2)
+            panel.set(xlabel="latent tokens", ylabel=y,
+                      title=f"{recipe.task} {recipe.size}, {order} order")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(folder / "latents.png", dpi=150)
+    print(f"The figure is {folder / 'latents.png'}")
 
 
 if __name__ == "__main__":
-    print("Who sees whom: rows are queries, columns keys, named by their turn, [masked]")
-    for system in SYSTEMS.values():
-        example = torch.zeros(1, 6, dtype=torch.long), 0, 1, 2, 3 if system.order == "left" else 6
-        _, turn, masked = hide(system, *example, np.random.default_rng(0))
-        heads = [f"[{t}]" if m else f" {t} " for t, m in zip(turn[0].tolist(), masked[0]) if t >= 0]
-        print(f"\n{system.title:<16}{''.join(heads)}")
-        for head, row in zip(heads, visibility(system, turn, masked)[0]):
-            print(f"{head:>16} " + "  ".join("x" if seen else "." for seen in row[:len(heads)]))
+    text = "Who sees whom? Rows are queries, columns keys, both by their turn, [masked] or known."
+    turn = torch.arange(6)[None]
+    for title, system in SYSTEMS.items():
+        masked = (turn >= 2) & (not system.shifted)
+        names = [f"[{i}]" if masked[0, i] else f" {i} " for i in range(6)]
+        text += f"\n\n{title:<14}{''.join(names)}"
+        for name, row in zip(names, visibility(system, turn, masked)[0]):
+            text += f"\n{name:>14}" + "".join(" x " if seen else " . " for seen in row)
+    print(text)

@@ -1,14 +1,14 @@
 """What must always hold. Every reference here is naive: loops, enumeration, brute force."""
-import itertools
 import json
 import math
 import os
 import re
-import signal
+import runpy
 import subprocess
 import sys
-import time
-from collections import Counter
+from collections import Counter, namedtuple
+from functools import cache, partial
+from itertools import count, permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -16,32 +16,35 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from numpy.random import default_rng
+from pytest import approx, raises
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 import latent
 import train_ar
 import train_diffusion
 from data import TASKS
-from data.sudoku import Sudoku, fill
-from latent import SYSTEMS
+from data.zebra import RULES
+from latent import POLICIES, SYSTEMS, Recipe, RunError, Transformer, build, visibility
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)         # a background job ignores Ctrl-C
 HERE = Path(__file__).parent
-every_system = pytest.mark.parametrize("name", SYSTEMS)
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+every = pytest.mark.parametrize
+patch = partial(mock.patch.object, latent)
+every_system = every("system", SYSTEMS.values(), ids=SYSTEMS)
+every_policy = every("policy", POLICIES)
+
+PUZZLE = TASKS["sudoku-puzzle"]("4-list")
+TINY = Recipe("scdm", None, 0, PUZZLE.name, "4-list", 32, lr=0.003, layers=1, heads=4, width=16)
 
 
 def small_model(vocab_size=4, seq_len=12, layers=2):
-    """A transformer with random weights everywhere, so that every path through it matters; its
-    `calls` are all that it read and gave: tokens, positions, ..., logits."""
-    model, generator = latent.Transformer(vocab_size, seq_len, layers, 2, 16), torch.Generator()
+    """A transformer with random weights everywhere, so that every path through it matters."""
+    model = Transformer(vocab_size, seq_len, layers, 2, 16)
     for i, weight in enumerate(model.parameters()):
-        torch.nn.init.normal_(weight, std=0.4, generator=generator.manual_seed(i))
-    model.calls = []
-    model.register_forward_hook(lambda _, read, logits: model.calls.append((*read, logits)))
+        generator = torch.Generator().manual_seed(i)
+        torch.nn.init.normal_(weight, std=0.4, generator=generator)
     return model
 
 
@@ -49,869 +52,1097 @@ def random_tokens(*shape):
     return torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
 
 
+def decode(*how, **more):
+    """What `latent.decode` returns, and all steps that it shows."""
+    steps = []
+    decoded = latent.decode(*how, **more, on_step=lambda *step: steps.append(step))
+    return decoded, steps
+
+
 def uniform(counts, kinds):
     """Are counts as even as draws from equally likely kinds, within five sigmas of chi-square?"""
     expected = sum(counts.values()) / kinds
     statistic = sum((n - expected) ** 2 / expected for n in counts.values())
-    return len(counts) == kinds and statistic < kinds - 1 + 5 * math.sqrt(2 * (kinds - 1))
+    return len(counts) == kinds and statistic <= kinds - 1 + 5 * math.sqrt(2 * (kinds - 1))
+
+
+def spy(name, *effects):
+    """A function of latent.py that notes its calls. An effect is what a call raises, or DEFAULT."""
+    return patch(name, wraps=getattr(latent, name), side_effect=effects or None)
 
 
 # who sees whom ----------------------------------------------------------------------------------
-def sees(name, query, key):
-    """The table of the paper, system by system. A token is (its turn, whether it is masked)."""
-    (turn, masked), (key_turn, key_masked) = query, key
+@every("line", [
+    "ar           x... xx.. xxx. xxxx",
+    "mtp          xxxx xxxx xxxx xxxx",
+    "mtp-causal   x... xx.. xxxx xxxx",
+    "control      xxxx xxxx xxxx xxxx",
+    "mdm          xxxx xxxx xxxx xxxx",
+    "sidm         xx.. xx.. xxx. xx.x",
+    "scdm         xx.. xx.. xxx. xxxx",
+    "scdm-causal  x... xx.. xxx. xxxx"])
+def test_the_systems_are_those_of_the_paper(line):
+    """A row for each query: two known tokens, then two masked ones."""
+    name, *picture = line.split()
+    system = SYSTEMS[name]
+    turn = torch.arange(4)[None]
+    masked = (turn >= 2) & (not system.shifted)
+    visible = visibility(system, turn, masked)[0]
+    assert ["".join("x" if seen else "." for seen in row) for row in visible] == picture
+    assert system.shifted == (name == "ar")
+    assert system.next_only == (name == "control")
+
+
+def sees(system, query, key):
+    """May a query attend to another token, the key? A token is (its turn, whether it is masked)."""
+    turn, masked = query
+    key_turn, key_masked = key
     if key_turn < 0:
         return False
-    if name in ("mtp", "control", "mdm"):
-        return True
-    if name == "mtp-causal" and key_masked:
-        return masked
-    if name == "sidm":
-        return not key_masked
-    if name == "scdm":
-        return not key_masked or masked and key_turn < turn
-    return key_turn < turn
+    if not key_masked:
+        return masked or key_turn < turn or not system.causal
+    if system.sees == "joint":
+        return masked or not system.causal
+    return masked and system.sees == "semicausal" and key_turn < turn
 
 
+def table(system, tokens):
+    """Who sees whom: a list for each query."""
+    places = range(len(tokens))
+    return [[q == k or sees(system, tokens[q], tokens[k]) for k in places] for q in places]
+
+
+def hidden_rows(system):
+    """Rows of seven tokens, some of them hidden: what the model reads, turn, masked."""
+    tokens = random_tokens(1, 7)
+    for cut, window in product(range(7), (1, 3, 7)):
+        yield latent.hide(system, tokens, 2, 4, cut, window, default_rng(cut))
+    if not system.shifted:
+        shared = torch.tensor([[0, 1, 2, 5, 5, 3, 4]])          # two candidates of a decoding step
+        yield tokens, shared, shared >= 3
+
+
+@every_system
+@every("layers", [1, 2])
+def test_visibility_is_the_table_and_says_who_has_no_influence(system, layers):
+    """Move a token: where no path of as many steps as layers leads, logits are bit-identical."""
+    model = small_model(layers=layers)
+    places = torch.arange(7)[None]
+    for inputs, turn, masked in hidden_rows(system):
+        tokens = list(zip(turn[0].tolist(), masked[0].tolist()))
+        visible = visibility(system, turn, masked)
+        assert visible[0].tolist() == table(system, tokens)
+        path = torch.matrix_power(visible[0].float(), layers) > 0
+        before = model(inputs, places, visible)[0]
+        for moved in range(7):
+            elsewhere = torch.where(places == moved, 11, places)
+            after = model(inputs, elsewhere, visible)[0]
+            assert path[:, moved].equal((after != before).any(1))
+
+
+def test_latent_py_prints_who_sees_whom(capsys):
+    runpy.run_path(str(HERE / "latent.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in SYSTEMS)
+
+
+# the transformer --------------------------------------------------------------------------------
 def test_the_transformer_is_a_naive_one():
-    """Loops over tokens and heads, in float64; a token that sees only itself gets no NaN."""
-    model, T = small_model().double(), 5
-    tokens, positions = torch.tensor([[1, 4, 2, 0, 4]]), torch.tensor([[3, 0, 11, 2, 7]])
-    visible = latent.visibility(SYSTEMS["scdm-causal"], torch.tensor([[0, 4, 1, 2, 3]]), tokens > 3)
-    x = [model.token.weight[t] + model.position.weight[p] for t, p in zip(tokens[0], positions[0])]
+    """In float64; a token that sees only itself gets no NaN."""
+    model = small_model().double()
+    tokens = torch.arange(5)[None]
+    positions = 2 * tokens + 1
+    visible = torch.ones(5, 5).tril() > 0
+    x = model.token.weight[tokens[0]] + model.position.weight[positions[0]]
     for block in model.blocks:
-        qkv = [block.qkv.weight @ block.attention_norm(row) for row in x]
-        for i in range(T):
-            y = []
-            for head in range(2):
-                q, k, v = (slice(start + 8 * head, start + 8 * head + 8) for start in (0, 16, 32))
-                scores = {j: math.exp((qkv[i][q] @ qkv[j][k]).item() / math.sqrt(8))
-                          for j in range(T) if visible[0, i, j]}
-                y.append(sum(s * qkv[j][v] for j, s in scores.items()) / sum(scores.values()))
-            x[i] = x[i] + block.attention_out.weight @ torch.cat(y)
-            hidden = (block.mlp_in.weight @ block.mlp_norm(x[i])).clamp(min=0)
-            x[i] = x[i] + block.mlp_out.weight @ hidden**2
-    expected = torch.stack([model.output.weight @ model.norm(row) for row in x])
-    torch.testing.assert_close(model(tokens, positions, visible)[0], expected)
+        qkv = block.attention_norm(x) @ block.qkv.weight.T
+        heads = []
+        for q, k, v in zip(*(part.split(8, dim=1) for part in qkv.split(16, dim=1))):
+            shares = (q @ k.T / math.sqrt(8)).exp() * visible
+            heads.append(shares / shares.sum(1, keepdim=True) @ v)
+        x = x + torch.cat(heads, dim=1) @ block.attention_out.weight.T
+        hidden = (block.mlp_norm(x) @ block.mlp_in.weight.T).clamp(min=0)
+        x = x + hidden**2 @ block.mlp_out.weight.T
+    expected = model.norm(x) @ model.output.weight.T
+    assert_close(model(tokens, positions, visible[None])[0], expected)
 
 
-@every_system
-@pytest.mark.parametrize("layers", [1, 2])
-def test_visibility_is_the_table_and_says_who_cannot_influence_whom(name, layers):
-    """Move one token: logits are bit-identical wherever the table says 'no', and others elsewhere;
-    in two layers a path may have two steps, but none leads from a masked token to a clean one."""
-    model, system, order = small_model(layers=layers), SYSTEMS[name], torch.arange(7)[None]
-    row, rng = random_tokens(1, 7), np.random.default_rng(0)
-    cases = [latent.hide(system, row, 2, model.mask, cut, window, rng)
-             for cut, window in itertools.product(range(7), (1, 3, 7))]
-    if name != "ar":                                 # in decoding, candidates may share a turn
-        cases.append((row, torch.tensor([[0, 1, 2, 5, 5, 3, 4]]), torch.arange(7)[None] >= 3))
-    for inputs, turn, masked in cases:
-        visible = latent.visibility(system, turn, masked)
-        turn, masked = turn[0].tolist(), masked[0].tolist()
-        present, tokens = [i for i in range(7) if turn[i] >= 0], list(zip(turn, masked))
-        assert visible[0, present].tolist() == [[q == k or sees(name, tokens[q], tokens[k])
-                                                 for k in range(7)] for q in present]
-        before = model(inputs, order, visible)[0]
-        for key in range(7):
-            after = model(inputs, torch.where(order == key, 11, order), visible)[0]
-            direct = {q for q in present if q == key or sees(name, tokens[q], tokens[key])}
-            reached = direct if layers == 1 else direct | {
-                q for q in present if any(sees(name, tokens[q], tokens[via]) for via in direct)}
-            assert reached == {q for q in present if not after[q].equal(before[q])}, (turn, key)
-            if masked[key] and (system.causal or system.sees != "joint"):
-                assert all(masked[q] for q in reached)
-
-
-# training = decoding ----------------------------------------------------------------------------
-@every_device
-@pytest.mark.parametrize("prompt_len,n_latent", [(0, 0), (0, 11), (3, 0), (3, 1), (3, 4)])
-@every_system
-def test_training_is_decoding(name, prompt_len, n_latent, device):
-    """The logits of a candidate are those of its turn in a training pass over the whole sequence in
-    which exactly the same masked tokens come before it; and with a cache as without."""
-    system, model, T, steps = SYSTEMS[name], small_model().to(device), 12, []
-    out, _ = latent.decode(model, system, random_tokens(3, T).to(device), prompt_len, n_latent,
-                           candidates=2, on_step=lambda *step: steps.append(step[1:]))
-    known = [list(range(prompt_len)) for _ in range(3)]                   # in order, for each row
-    for n, (positions, logits, c, decoded) in enumerate(steps, start=prompt_len):
-        for b, i in itertools.product(range(3), range(c)):
-            row, place = out[b:b + 1], positions[b, i].item()
-            if system.order == "left":
-                hidden = latent.hide(system, row, prompt_len, 4, n, n_latent + 1, None)
-            else:
-                order = [*known[b], *positions[b, c:].tolist(), place]          # latents, candidate
-                order += [p for p in positions[b, :c].tolist() if p != place]
-                if system.sees != "joint":                    # joint ones see all that there are
-                    order += [p for p in range(T) if p not in order]
-                turn = torch.full((1, T), -1, device=device)
-                turn[0, order] = torch.arange(len(order), device=device)
-                hidden = torch.where((0 <= turn) & (turn < n), row, 4), turn, turn >= n
-            latent.cross_entropy(model, system, row, *hidden)
-            torch.testing.assert_close(logits[b, i], model.calls[-1][-1][0, place])
-        known = [row + place for row, place in zip(known, decoded.tolist())]
-
-
-@pytest.mark.parametrize("name,k,candidates,cost", [
-    ("ar", 0, 1, 36), ("mtp", 4, 1, 800), ("control", 35, 1, 1296), ("mtp-causal", 4, 1, 205),
-    ("sidm", 0, 1, 666), ("sidm", 0, 8, 890), ("scdm", 28, 8, 1296), ("mdm", 35, 8, 1296)])
-def test_forward_tokens_are_those_of_readme(name, k, candidates, cost):
-    board = torch.zeros(1, 36, dtype=torch.long)
-    _, spent = latent.decode(small_model(6, 36), SYSTEMS[name], board, 0, k, candidates=candidates)
-    assert spent == cost
-
-
-# the objective and nats -------------------------------------------------------------------------
-def naive_logits(model, name, row, clean, masked):
-    """The logits (len(masked), V) of masked tokens when those at the places `clean` are known, in
-    this order, and no others are there; in AR those of the next token."""
-    places, inputs = [*clean, *masked], [*row[clean].tolist(), *[model.mask] * len(masked)]
-    if name == "ar":
-        places, inputs = [*clean, len(clean)], [model.mask, *row[clean].tolist()]
-    tokens = [(turn, turn >= len(clean)) for turn in range(len(places))]
-    visible = [[q == k or sees(name, q, k) for k in tokens] for q in tokens]
-    logits = model(torch.tensor([inputs]), torch.tensor([places]), torch.tensor([visible]))
-    return logits[0, len(clean):]
-
-
-def draw(name, tokens, prompt_len, window, seed=0, model=small_model()):
-    """One draw of the objective: the loss, inputs, turn, masked and weight."""
-    system, rng = SYSTEMS[name], np.random.default_rng(seed)
-    *hidden, weight = latent.objective(system, tokens, prompt_len, model.mask, window, rng)
-    assert all(x.is_contiguous() for x in (*hidden, weight))            # or it can not be pinned
-    loss = (weight * latent.cross_entropy(model, system, tokens, *hidden)).sum()
-    return loss, *hidden, weight
-
-
-@every_system
-@pytest.mark.parametrize("window", [1, 3, 12])
-@pytest.mark.parametrize("prompt_len", [0, 3])
-def test_the_loss_by_hand(name, window, prompt_len):
-    """Row by row, with nothing there but the clean tokens and the window."""
-    tokens, losses, left = random_tokens(8, 12), [], SYSTEMS[name].order == "left"
-    window = window if left else None
-    loss, inputs, turn, masked, _ = draw(name, tokens, prompt_len, window)
-    for b, row in enumerate(tokens):
-        order = turn[b].argsort()[(turn[b] < 0).sum():].tolist()               # of those present
-        cuts = range(prompt_len, 12)
-        if name == "ar":
-            assert not masked.any() and len(order) == 12
+def test_initial_weights():
+    model = Transformer(50, 60, 2, 2, 64)
+    for name, weight in model.named_parameters():
+        if name.endswith("_out.weight"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert (weight == name.endswith("weight")).all()
         else:
-            cuts = [masked[b][order].int().argmax().item()]
-            assert cuts[0] >= prompt_len and len(order) == min(12, cuts[0] + (window or 12))
-            assert masked[b][order].tolist() == [n >= cuts[0] for n in range(len(order))]
-            assert inputs[b].equal(torch.where(masked[b] | (turn[b] < 0), 4, row))
-        assert turn[b][order].tolist() == list(range(len(order)))
-        assert order[:prompt_len] == list(range(prompt_len))
-        assert not left or order == sorted(order)
-        for cut in cuts:
-            logits = naive_logits(small_model(), name, row, order[:cut], order[cut:])
-            for place, logit in list(zip(order[cut:], logits))[:1 if name == "control" else None]:
-                losses.append(-logit.log_softmax(-1)[row[place]])
-    torch.testing.assert_close(loss, torch.stack(losses).mean())
+            std = 0.2 if name in ("token.weight", "position.weight") else 0.5 / math.sqrt(64)
+            assert weight.std().item() == approx(std, rel=0.1)
+    same, other = (Transformer(50, 60, 2, 2, 64, seed) for seed in (0, 1))
+    assert same.token.weight.equal(model.token.weight)
+    assert not other.token.weight.equal(model.token.weight)
 
 
-def test_cuts_and_orders_are_uniform():
-    tokens, cuts, orders = torch.zeros(6, 5, dtype=torch.long), Counter(), Counter()
-    for seed in range(600):
-        _, _, turn, masked, _ = draw("scdm", tokens, 2, 5, seed)
-        assert Counter(masked.sum(1).tolist()) == {1: 2, 2: 2, 3: 2}  # spread over the six rows
-        orders.update(map(tuple, turn[:, 2:].tolist()))
-        cuts[draw("mtp", tokens[:1], 2, 2, seed)[3].int().argmax().item()] += 1
-    assert uniform(cuts, 3) and uniform(orders, 6)
+def test_a_model_is_that_of_its_recipe():
+    with patch("Transformer") as made:
+        build(TINY._replace(layers=3, heads=8, width=32, seed=5), PUZZLE)
+    told = made.call_args
+    assert [*told.args, *told.kwargs.values()] == [69, 24, 3, 8, 32, 5]
 
 
-# Instead of random numbers: an offset of 0, and all orders, again and again.
-ALL_ORDERS = SimpleNamespace(random=lambda shape=None: 0.0 if shape is None else np.resize(
-    list(itertools.permutations(range(shape[1]))), shape))
+# the objective ----------------------------------------------------------------------------------
+def naive_logits(model, system, row, known, masked):
+    """The logits (len(masked), V) of masked tokens when those at the places `known` are known, in
+    this order, and no others are there. Of a shifted system: those of the next token."""
+    places = [*known, *masked]
+    inputs = [*row[known].tolist(), *[4] * len(masked)]
+    if system.shifted:
+        places = [*known, len(known)]
+        inputs = [4, *row[known].tolist()]
+    tokens = [(turn, turn >= len(known)) for turn in range(len(places))]
+    read = [inputs], [places], [table(system, tokens)]
+    logits = model(*map(torch.tensor, read))
+    return logits[0, len(known):]
 
 
-def naive_nats(model, name, row, prompt_len, k):
-    """The mean over all orders of the summed cross-entropies of what is decoded: from the left the
-    first of the window, else the one behind k latent tokens."""
-    left, prompt, T = SYSTEMS[name].order == "left", list(range(prompt_len)), len(row)
-    orders, totals = itertools.permutations(range(prompt_len, T)), []
-    for order in [prompt + list(order) for order in orders][:1 if left else None]:
-        totals.append(0.0)
-        for n in range(prompt_len, T):
-            masked, i = order[n:n + k + 1], 0 if left else -1
-            logits = naive_logits(model, name, row, order[:n], masked)[i]
-            totals[-1] -= logits.log_softmax(-1)[row[masked[i]]].item()
-    return np.mean(totals)
+def draw(system, tokens, prompt_len, window, rng, model=small_model()):
+    """The loss of one draw of the objective, turn and masked; rng may be a seed."""
+    rng = default_rng(rng)
+    *hidden, weight = latent.objective(system, tokens, prompt_len, model.mask, window, rng)
+    ce = latent.cross_entropy(model, system, tokens, *hidden)
+    return (weight * ce).sum(), *hidden[1:]
 
 
 @every_system
-@pytest.mark.parametrize("prompt_len", [0, 2])
-def test_nats_are_those_of_all_orders(name, prompt_len):
-    """For MDM and SIDM `nats` is the ELBO: the mean over the masked, summed over their number."""
-    model, A, system = small_model(), 4, SYSTEMS[name]
-    rows = random_tokens(2, prompt_len + A)
-    tokens = rows.repeat_interleave(24, 0)
-    sweep = {"sidm": [0], "mdm": [A - 1], "ar": [0]}.get(name, [0, 1, 2, A - 1])
-    expected = [np.mean([naive_nats(model, name, r, prompt_len, k) for r in rows]) for k in sweep]
-    for step in (1, -1):
-        measured = latent.nats(model, system, tokens, prompt_len, sweep[::step], ALL_ORDERS)
-        assert measured.tolist() == pytest.approx(expected[::step], rel=1e-5)
-    assert len({round(x, 3) for x in expected}) == len(sweep)            # every k has its own
-    for k in {"mdm": [0, 2], "sidm": [1, A - 1]}.get(name, []):
-        assert latent.nats(model, system, tokens, prompt_len, [k], ALL_ORDERS).isnan().all()
+@every("window", [1, 3, None])
+@every("prompt_len", [0, 3])
+def test_the_loss_by_hand(system, window, prompt_len):
+    """Row by row, with nothing there but the known tokens and the window."""
+    tokens = random_tokens(8, 12)
+    loss, turn, masked = draw(system, tokens, prompt_len, window, 0)
+    losses = []
+    for b, row in enumerate(tokens):
+        absent = (turn[b] < 0).sum()
+        order = turn[b].argsort()[absent:].tolist()
+        assert order[:prompt_len] == list(range(prompt_len))
+        assert system.order == "random" or order == sorted(order)
+        cuts = range(prompt_len, 12)
+        if not system.shifted:
+            cut = len(order) - masked[b].sum().item()
+            assert cut in cuts
+            assert len(order) == min(12, cut + (window or 12))
+            cuts = [cut]
+        for cut in cuts:
+            logits = naive_logits(small_model(), system, row, order[:cut], order[cut:])
+            counted = 1 if system.next_only else len(logits)
+            for place, logit in list(zip(order[cut:], logits))[:counted]:
+                losses.append(-logit.log_softmax(-1)[row[place]])
+    assert_close(loss, torch.stack(losses).mean())
+
+
+def test_cuts_and_random_windows_are_uniform():
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    with spy("hide") as hide:
+        for seed in range(600):
+            draw(SYSTEMS["mtp"], tokens, 2, "random", seed)
+    drawn = [(call.args[4].item(), call.args[5]) for call in hide.call_args_list]
+    assert uniform(Counter(drawn), 3 * 3)
+
+
+def test_orders_are_uniform_and_cuts_spread_over_the_rows():
+    tokens = torch.zeros(6, 5, dtype=torch.long)
+    orders = Counter()
+    for seed in range(600):
+        _, turn, masked = draw(SYSTEMS["scdm"], tokens, 2, None, seed)
+        orders.update(map(tuple, turn[:, 2:].tolist()))
+        assert Counter(masked.sum(1).tolist()) == {1: 2, 2: 2, 3: 2}
+    assert uniform(orders, 6)
 
 
 # the decoder ------------------------------------------------------------------------------------
 @every_system
-@pytest.mark.parametrize("policy", latent.POLICIES)
-@pytest.mark.parametrize("prompt_len,candidates,n_latent",
-                         [(3, 1, 0), (3, 1, 4), (0, 3, 4), (0, 100, 11)])
-def test_decoding_step_by_step(name, policy, prompt_len, candidates, n_latent):
-    model, system, T, steps = small_model(), SYSTEMS[name], 12, []
-    tokens, answer = random_tokens(5, T), torch.arange(T) >= prompt_len
+@every_policy
+@every("prompt_len,n_latent", [(0, 0), (2, 2), (2, 11)])
+@every("teacher_forcing", [False, True])
+def test_decoding_is_training(system, policy, prompt_len, n_latent, teacher_forcing):
+    """With a cache or without, what is decoded has the logits that a naive pass gives it, as in
+    training. And `nats` is minus the log-probability of all tokens that are put in."""
+    tokens = random_tokens(3, 8)
+    model = small_model()
+    decoded, steps = decode(model, system, tokens, prompt_len, n_latent, policy, 3,
+                            teacher_forcing=teacher_forcing)
+    assert decoded.tokens.equal(tokens) == teacher_forcing
+    for b, row in enumerate(decoded.tokens):
+        known = list(range(prompt_len))
+        nats = 0
+        for _, positions, _, c, places in steps:
+            place = places[b].item()
+            masked = positions[b].tolist()
+            if system.order == "random":            # it sees latent tokens, and others if joint
+                masked.remove(place)
+                masked = [*masked[c - 1:], place, *masked[:c - 1]]
+            logits = naive_logits(model, system, row, known, masked)
+            nats -= logits[masked.index(place)].log_softmax(-1)[row[place]]
+            known.append(place)
+        assert_close(decoded.nats[b], nats)
 
-    def decode(tokens, seed, on_step=None):
-        return latent.decode(model, system, tokens, prompt_len, n_latent, policy, candidates,
-                             generator=torch.Generator().manual_seed(seed), on_step=on_step)
-    out, spent = decode(tokens, 0, lambda *step: steps.append(step))
-    assert spent == sum(inputs.shape[1] for inputs, *_ in model.calls)
-    assert len(steps) == len(model.calls) == T - prompt_len and steps[-1][0].equal(out)
-    before = torch.where(answer, 4, tokens)
-    for n, (now, positions, logits, c, decoded) in enumerate(steps, start=prompt_len):
-        assert c == (min(candidates, T - n) if system.order == "random" else 1)
-        assert positions.shape[1] == c + min(n_latent, T - n - c)
-        cached = n - 1 + system.shifted if system.causal and n > prompt_len else 0
-        read = model.calls[n - prompt_len][1]                                        # positions
-        assert read.shape[1] == n - cached + positions.shape[1]
-        assert read[:, -positions.shape[1]:].equal(positions)
-        for b in range(5):
-            masked, place = positions[b].tolist(), decoded[b, 0].item()
-            assert len(set(masked)) == len(masked) and (before[b, masked] == 4).all()
-            assert system.order == "random" or masked == list(range(n, n + len(masked)))
-            p = logits[b, :c].softmax(-1).sort().values
-            scores = {"top-prob": p[:, -1], "margin": p[:, -1] - p[:, -2],
-                      "uniform": -torch.arange(c)}[policy].tolist()
-            assert scores[masked.index(place)] == max(scores)
-            assert (now[b] != before[b]).nonzero().tolist() == [[place]] and now[b, place] < 4
+
+@every_system
+def test_the_probabilities_of_all_answers_sum_to_one(system):
+    """With every unknown place as a candidate, the order follows from the answer."""
+    answers = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    decoded = latent.decode(small_model(), system, answers, 0, 1, teacher_forcing=True)
+    assert decoded.nats.neg().exp().sum().item() == approx(1, abs=1e-4)
+
+
+@every("line", [
+    "ar           0  1    36   0",
+    "mtp          4  1   800   4",
+    "mtp-causal   4  1   205   4",
+    "sidm         0  8   890   0",
+    "sidm         3  1   768   0",
+    "scdm        28  8  1296  28",
+    "scdm-causal 28  8   701  28",
+    "mdm         35  8  1296  35"])
+def test_forward_tokens_and_latents_of_a_board(line):
+    """Decoded with so many latent tokens and candidates."""
+    name, *numbers = line.split()
+    n_latent, candidates, *expected = map(int, numbers)
+    board = torch.zeros(1, 36, dtype=torch.long)
+    model = small_model(6, 36)
+    decoded = latent.decode(model, SYSTEMS[name], board, 0, n_latent, "margin", candidates)
+    assert [decoded.forward_tokens, decoded.latents] == expected
+
+
+@every_system
+@every_policy
+@every("prompt_len,candidates,n_latent", [(3, 1, 0), (3, 1, 4), (0, 3, 4), (0, 100, 11)])
+def test_each_step_decodes_what_the_policy_likes_best(
+        system, policy, prompt_len, candidates, n_latent):
+    tokens = random_tokens(5, 12)
+    decoded, steps = decode(small_model(), system, tokens, prompt_len, n_latent, policy, candidates)
+    before = torch.where(torch.arange(12) < prompt_len, tokens, 4)
+    for n, (now, positions, logits, c, places) in enumerate(steps, start=prompt_len):
+        assert (before.gather(1, positions) == 4).all()
+        scores = POLICIES[policy](logits[:, :c].softmax(-1))
+        assert scores[positions[:, :c] == places].equal(scores.amax(1))
+        assert system.order == "random" or (places == n).all()
+        assert now.scatter(1, places, 4).equal(before)
         before = now
-    assert decode(tokens, 0)[0].equal(out) and not decode(tokens, 1)[0].equal(out)
-    assert decode(torch.where(answer, 0, tokens), 0)[0].equal(out)         # no answer leaks into it
+    assert before.equal(decoded.tokens)
+    assert before.max() < 4
+
+
+@every_system
+def test_decoding_follows_its_generator(system):
+    found = []
+    for seed in (0, 0, 1):
+        how = {"generator": torch.Generator().manual_seed(seed)}
+        decoded = latent.decode(small_model(), system, random_tokens(5, 12), 3, 4, **how)
+        found.append(decoded.tokens.tolist())
+    assert found[0] == found[1] != found[2]
 
 
 def fixed(*table):
     """A model that predicts the same, a table (T, V) of probabilities, whatever it reads."""
-    def model(tokens, positions, visible, cache=None, n_keep=0):
-        return torch.tensor(table, device=tokens.device).log()[positions.expand(tokens.shape)]
+    def model(tokens, positions, *_):
+        return torch.tensor(table).log()[positions.expand(tokens.shape)]
     model.mask = len(table[0])
     return model
 
 
-def orders(policy, candidates, n_latent=0, B=24 * 500):
-    """How often the four places of an answer are decoded in which order (and beside which latent
-    token in the first step)."""
+def orders(policy, candidates, n_latent=0):
+    """How often the four places of an answer are decoded in which order; each place is followed by
+    the latent ones of its step."""
     model = fixed([0.5, 0.49, 0.01], [0.45, 0.3, 0.25], [0.6, 0.3, 0.1], [0.9, 0.05, 0.05])
-    steps, generator = [], torch.Generator().manual_seed(0)
-    latent.decode(model, SYSTEMS["scdm"], torch.zeros(B, 4, dtype=torch.long), 0, n_latent, policy,
-                  candidates, generator=generator, on_step=lambda _, masked, logits, c, decoded:
-                  steps.append(torch.cat([decoded, masked[:, c:]], dim=1)))
-    return Counter(map(tuple, torch.cat(steps[:4 - n_latent], dim=1).tolist()))
+    tokens = torch.zeros(12_000, 4, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    _, steps = decode(model, SYSTEMS["scdm"], tokens, 0, n_latent, policy, candidates,
+                      generator=generator)
+    shown = []
+    for _, positions, _, c, place in steps:
+        shown += [place, positions[:, c:]]
+    return Counter(map(tuple, torch.cat(shown, dim=1).tolist()))
 
 
 def test_the_order_is_the_policy():
     assert list(orders("top-prob", 4)) == [(3, 2, 0, 1)]
     assert list(orders("margin", 4)) == [(3, 2, 1, 0)]
-    for policy, candidates in ("uniform", 1), ("uniform", 3), ("uniform", 4), ("top-prob", 1):
-        assert uniform(orders(policy, candidates), 24)
-    two = orders("top-prob", 2)
-    share = sum(n for order, n in two.items() if order[0] == 3) / two.total()
-    assert share == pytest.approx(0.5, abs=0.03) and not uniform(two, 24)       # 3 of 6 pairs
-    counts = Counter((a, x, b) for (a, x, b, *_), n in orders("uniform", 1, 1).items()
-                     for _ in range(n))
-    assert uniform(counts, 4 * 3 * 3)                               # latents are drawn anew
 
 
-@every_device
-@every_system
-@pytest.mark.parametrize("temperature", [0, 0.5, 1, 2])
-def test_sampling_follows_the_distribution(name, temperature, device):
-    table, n = [[0.3, 0.5, 0.2], [0.6, 0.1, 0.3], [0.1, 0.2, 0.7]], 20_000
-    tokens = torch.zeros(n, 3, dtype=torch.long, device=device)
-    out, _ = latent.decode(fixed(*table), SYSTEMS[name], tokens, 0, 1, temperature=temperature,
-                           candidates=2, generator=torch.Generator(device).manual_seed(0))
-    for place, p in enumerate(table):
-        weights = [x ** (1 / temperature) if temperature else x == max(p) for x in p]
-        for token, weight in enumerate(weights):
-            share, found = weight / sum(weights), (out[:, place] == token).float().mean()
-            assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / n)
+@every("policy,candidates", [("random", 1), ("random", 3), ("random", 4), ("top-prob", 1)])
+def test_the_order_is_uniform_without_a_choice(policy, candidates):
+    assert uniform(orders(policy, candidates), 24)
+
+
+def test_latent_tokens_are_drawn_anew_at_every_step():
+    assert uniform(orders("random", 1, 1), 4 * 3 * 3 * 2 * 2)
 
 
 @every_system
-def test_everything_stays_on_its_device(name, monkeypatch):
+@every("temperature", [0, 0.5, 1, 2])
+def test_sampling_follows_the_distribution(system, temperature):
+    table = [0.3, 0.5, 0.2], [0.6, 0.1, 0.3], [0.1, 0.2, 0.7]
+    tokens = torch.zeros(20_000, 3, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    decoded = latent.decode(fixed(*table), system, tokens, 0, 1, candidates=2,
+                            temperature=temperature, generator=generator)
+    logits = torch.tensor(table).log() / max(temperature, 0.001)
+    for place, expected in enumerate(logits.softmax(-1)):
+        found = decoded.tokens[:, place].bincount(minlength=3) / 20_000
+        assert_close(found, expected, rtol=0, atol=0.014)                             # 4 sigmas
+
+
+@every_system
+@every_policy
+def test_everything_stays_on_its_device(system, policy):
     """Torch's meta device has no numbers, but refuses tensors of other devices beside its own."""
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0)
-    model, system = small_model().to("meta"), SYSTEMS[name]
+    model = small_model().to("meta")
     tokens = torch.zeros(6, 5, dtype=torch.long, device="meta")
-    assert {x.device.type for x in draw(name, tokens, 2, 3, model=model)} == {"meta"}
-    latent.nats(model, system, tokens, 2, [2], np.random.default_rng(0))
-    for policy, heat in itertools.product(latent.POLICIES, (0, 1)):
-        assert latent.decode(model, system, tokens, 2, 3, policy, temperature=heat)[0].is_meta
-    assert 'map_location="cpu"' in (HERE / "latent.py").read_text()       # of a GPU's checkpoints
+    for x in draw(system, tokens, 2, 3, 0, model):
+        assert x.is_meta
+    with mock.patch.object(torch.Tensor, "item", lambda self: 0):
+        decoded = latent.decode(model, system, tokens, 2, 3, policy, teacher_forcing=True)
+    assert decoded.nats.is_meta
 
 
 # data -------------------------------------------------------------------------------------------
-BOX = {4: (2, 2), 5: (5, 1), 6: (2, 3), 9: (3, 3)}             # of side 5 are the Latin squares
-every_task = pytest.mark.parametrize("name,size", [
-    (name, size) for name, task in TASKS.items() for size in task.sizes if name + size != "latin6"])
+task_of = cache(lambda name, size: TASKS[name](size))
+def of_all_sizes(*names):
+    return every("name,size", [(name, size) for name in names for size in TASKS[name].sizes])
 
 
-def naive_valid(board, side):
-    """Do all rows, columns and boxes hold every digit once?"""
-    (high, wide), grid = BOX[side], np.reshape(board, (side, side))
-    boxes = [grid[r:r + high, c:c + wide].ravel() for r in range(0, side, high)
-             for c in range(0, side, wide)]
-    return all(sorted(group) == list(range(side)) for group in [*grid, *grid.T, *boxes])
+every_task = of_all_sizes(*TASKS)
+every_puzzle = of_all_sizes("latin-puzzle", "sudoku-puzzle")
 
 
-def naive_solutions(puzzle, side, limit=2):
-    """Backtracking, cell with the fewest digits first: at most `limit` solutions."""
-    (high, wide), options, found = BOX[side], {}, []
-    for cell in (i for i, digit in enumerate(puzzle) if digit == side):
-        r, c = divmod(cell, side)
-        seen = {puzzle[i] for i in range(side * side) if i // side == r or i % side == c
-                or (i // side // high, i % side // wide) == (r // high, c // wide)}
-        options[cell] = [digit for digit in range(side) if digit not in seen]
+@cache
+def batch_of(name, size, split):
+    n = 9 if size == "4x4" else 300                                         # a big Zebra is slow
+    return task_of(name, size).batch(n, default_rng(0), split)
+
+
+@cache
+def naive_units(task):
+    """The cells of each row, column and box; in a Latin square a column is one, too."""
+    side = task.side
+    boxes = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+    high, wide = boxes[side] if "sudoku" in task.name else (side, 1)
+    cells = np.arange(side**2).reshape(side, side)
+    units = [*cells, *cells.T]
+    for row, column in product(range(0, side, high), range(0, side, wide)):
+        units.append(cells[row:row + high, column:column + wide].ravel())
+    return [unit.tolist() for unit in units]
+
+
+def naive_solutions(task, puzzle):
+    """At most two, by backtracking from the cell with the fewest digits."""
+    options = {}
+    for cell, digit in enumerate(puzzle):
+        if digit == task.side:
+            units = [unit for unit in naive_units(task) if cell in unit]
+            seen = {puzzle[i] for unit in units for i in unit}
+            options[cell] = set(range(task.side)) - seen
     if not options:
-        return [list(puzzle)]
-    cell = min(options, key=lambda i: len(options[i]))
+        return [puzzle]
+    cell = min(options, key=lambda cell: len(options[cell]))
+    found = []
     for digit in options[cell]:
-        if len(found) < limit:
-            found += naive_solutions([*puzzle[:cell], digit, *puzzle[cell + 1:]], side, limit)
+        if len(found) < 2:
+            found += naive_solutions(task, [*puzzle[:cell], digit, *puzzle[cell + 1:]])
     return found
 
 
 def naive_puzzle(task, prompt):
-    """The grid of a Sudoku puzzle, with `side` for blanks, from a grid or from a list of givens."""
-    if task.prompt != "list":
+    """The grid of a puzzle, `side` where nothing is given, from a grid or from a list."""
+    side = task.side
+    if not task.listed:
         return prompt
-    tokens = sorted(token for token in prompt if token != task.side)
-    given = dict(divmod(token - task.side - 1, task.side) for token in tokens)
-    assert prompt == tokens + [task.side] * (len(prompt) - len(given))      # no cell stands twice
-    return [given.get(cell, task.side) for cell in range(task.side**2)]
+    puzzle = [side] * side**2
+    givens = [token for token in prompt if token != side]
+    assert prompt == sorted(set(givens)) + [side] * (len(prompt) - len(givens))
+    for token in givens:
+        cell, digit = divmod(token - side - 1, side)
+        puzzle[cell] = digit
+    return puzzle
+
+
+def naive_board(task, prompt, answer):
+    for unit in naive_units(task):
+        if {answer[cell] for cell in unit} != set(range(task.side)):
+            return False
+    puzzle = naive_puzzle(task, prompt) if prompt else answer
+    return all(given in (task.side, digit) for given, digit in zip(puzzle, answer))
 
 
 def naive_derivation(task, prompt, answer):
     """Plain Python, fractions as they come."""
     *left, target = prompt
     for a, sign, b, r in np.reshape(answer, (-1, 4)).tolist():
-        if a not in left or sign not in (101, 102, 103, 104):
+        if a not in left or sign not in range(101, 105):
             return False
         left.remove(a)
         if b not in left or (sign == 104 and b == 0):
             return False
         left.remove(b)
-        if [a + b, a - b, a * b, a / b if b else None][sign - 101] != r or not 0 <= r <= 100:
+        exact = [a + b, a - b, a * b, a / b if b else None][sign - 101]
+        if exact != r or not 0 <= r <= 100:
             return False
         left.append(r)
     return left == [target]
 
 
-def naive_zebra(task, prompt, answer):
-    H = task.houses
-    at = {thing: i % H for i, thing in enumerate(answer)} | {task.things + h: h for h in range(H)}
-
-    def admits(rule, x, y, z):
-        if rule == 6:
-            return at[x] < at[z] < at[y] or at[y] < at[z] < at[x]
-        if rule == 7:
-            return at[x] in (0, H - 1)
-        return [None, at[x] == at[y], at[x] != at[y], at[y] - at[x] == 1, at[y] > at[x],
-                at[y] - at[x] in (1, -1), None, None, at[x] == at[y]][rule]
-    return all(sorted(answer[i:i + H]) == list(range(i, i + H)) for i in range(0, task.things, H)
-               ) and all(admits(*task.clues[t - task.things]) for t in prompt if t != task.things)
-
-
-def naive_correct(task, row):
-    prompt, answer = row[:task.prompt_len], row[task.prompt_len:]
-    if task.name in ("zebra", "countdown"):
-        naive = {"zebra": naive_zebra, "countdown": naive_derivation}[task.name]
-        return naive(task, prompt, answer)
-    puzzle = naive_puzzle(task, prompt) if prompt else answer
-    return naive_valid(answer, task.side) and all(
-        given in (task.side, digit) for given, digit in zip(puzzle, answer))
+def naive_grid(task, prompt, answer):
+    houses, things = task.houses, task.things
+    for start in range(0, things, houses):
+        if sorted(answer[start:start + houses]) != [*range(start, start + houses)]:
+            return False
+    at = {thing: i % houses for i, thing in enumerate(answer)}
+    at |= {things + house: house for house in range(houses)}
+    for token in prompt:
+        rule, *names = task.clues[token - things]
+        x, y, z = (at.get(name, 0) for name in names)
+        truths = [True, x == y, x != y, y - x == 1, x < y, y - x in (-1, 1),
+                  x < z < y or y < z < x, x in (0, houses - 1), x == y]
+        if not truths[rule]:
+            return False
+    return True
 
 
-def wrong_boards(board, side, rng):
-    """Boards with wrong cells of every kind, from a valid one; some are right again."""
-    (high, wide), grid = BOX[side], board.reshape(side, side)
-    cyclic = (np.arange(side) + np.arange(side)[:, None]) % side                   # a Latin square
-    found = [cyclic, np.arange(side) + 0 * grid, grid + 1, grid - 1, 0 * grid]
-    for _ in range(40):
-        band, stack = high * rng.integers(side // high), wide * rng.integers(side // wide)
-        r, c, any_two = (rng.permutation(n)[:2] for n in (high, wide, side))
-        rows, columns, swapped = (grid.copy() for _ in range(3))
-        box = slice(band, band + high), slice(stack, stack + wide)
-        rows[band + r, box[1]] = grid[band + r[::-1], box[1]]         # columns and boxes stay good
-        columns[box[0], stack + c] = grid[box[0], stack + c[::-1]]
-        swapped[any_two] = grid[any_two[::-1]]                         # rows and columns stay good
-        found += [rows, columns, swapped, swapped.T, (grid + 1) % side]
-    return [b.flatten() for b in found]
+NAIVE = {"countdown": naive_derivation, "zebra": naive_grid}               # or naive_board
 
 
-def wrong_answers(task, row, other, rng):
+def wrong_steps(answer):
+    """Derivations in which one step is another, right or wrong."""
+    for i in range(0, len(answer), 4):
+        a, _, b, _ = answer[i:i + 4]
+        for x, y in permutations((a, b)):
+            for sign, r in enumerate((x + y, abs(x - y), x * y, x // max(y, 1)), start=101):
+                yield np.r_[answer[:i], x, sign, y, r % 105, answer[i + 4:]]
+
+
+def wrong_answers(task, answer, other, rng):
     """Answers that are wrong in every way; some are right."""
-    answer, found = row[task.prompt_len:], [row[task.prompt_len:], other[task.prompt_len:]]
-    for i, j in rng.integers(len(answer), size=(100, 2)):
-        changed, swapped, mixed = answer.copy(), answer.copy(), answer.copy()
+    found = [answer, other]
+    for i, j in rng.integers(len(answer), size=(200, 2)):
+        changed, swapped = answer.copy(), answer.copy()
         changed[i] = rng.integers(task.vocab_size)
         swapped[[i, j]] = answer[[j, i]]
-        mixed[min(i, j):max(i, j)] = rng.permutation(answer[min(i, j):max(i, j)])
-        found += [changed, swapped, mixed]
+        found += [changed, swapped]
     if task.name == "countdown":
-        for i in range(0, len(answer), 4):
-            a, _, b, _ = answer[i:i + 4]
-            for sign, r in zip((101, 102, 103, 104), (a + b, a - b, a * b, a // max(b, 1))):
-                found += [np.r_[answer[:i], step, answer[i + 4:]] for step in (
-                    [a, sign, b, r], [b, sign, a, r]) if 0 <= r < 105]
-    elif task.name != "zebra":
-        found += wrong_boards(answer, task.side, rng)
+        found += wrong_steps(answer)
+    if hasattr(task, "side"):
+        grid = answer.reshape(task.side, task.side)
+        boxes = np.roll(grid, 1, axis=0), np.roll(grid, 1, axis=1)        # rows, columns are right
+        found += [board.ravel() for board in (*boxes, grid.T, grid + 1, grid - 1, 0 * grid)]
     return found
 
 
 @every_task
-def test_batches_and_the_checker(name, size):
-    """Batches of any size, all of them right; and no puzzle is in both splits."""
-    task, rng, seen = TASKS[name](size), np.random.default_rng(0), {}
-    for split in ("train", "test"):
-        for n in [1, 2, 3, 300 if size != "4x4" else 9]:
-            batch, again = (task.batch(n, np.random.default_rng(n), split) for _ in range(2))
-            assert (batch == again).all() and batch.dtype == np.int64
-            assert task.correct(batch).tolist() == [True] * n and batch.shape == (n, task.seq_len)
-            assert batch.min() >= 0 and batch.max() < task.vocab_size
-        assert not hasattr(task, "held_out") or (task.held_out(batch) == (split == "test")).all()
-        rows = batch.tolist()
-        boards = [row[-task.side**2:] for row in rows] if hasattr(task, "side") else []
-        seen[split] = {tuple(board[:task.side].index(digit) for digit in board) for board in boards
-                       } or {tuple(row[:task.prompt_len]) for row in rows}
-    assert not seen["train"] & seen["test"] and seen["test"]
-    for row, other in list(zip(batch, batch[1:]))[:{"countdown": 50}.get(name, 3)]:
-        rows = [[*row[:task.prompt_len], *a] for a in wrong_answers(task, row, other, rng)]
-        expected = [naive_correct(task, list(map(int, row))) for row in rows]
-        assert task.correct(np.array(rows)).tolist() == expected and set(expected) == {True, False}
-    marked = []
-    task.show(batch[0].tolist(), lambda place, text: marked.append(place) or text)
-    assert sorted(marked) == [*range(task.prompt_len, task.seq_len)]
+def test_the_checker_is_brute_force(name, size):
+    task = task_of(name, size)
+    naive = NAIVE.get(name, naive_board)
+    rng = default_rng(0)
+    batch = batch_of(name, size, "test")[:30 if name == "countdown" else 4]
+    verdicts = []
+    for row, other in zip(batch, batch[1:]):
+        prompt, answer = row[:task.prompt_len], row[task.prompt_len:]
+        answers = wrong_answers(task, answer, other[task.prompt_len:], rng)
+        expected = [naive(task, prompt.tolist(), wrong.tolist()) for wrong in answers]
+        rows = np.array([[*prompt, *wrong] for wrong in answers])
+        assert task.correct(rows).tolist() == expected
+        verdicts += expected
+    assert set(verdicts) == {True, False}
 
 
-@pytest.mark.parametrize("split,held_out", [("train", True), ("test", False)])
-@pytest.mark.parametrize("name", ["countdown", "zebra"])
+@every_task
+@every("split", ["train", "test"])
+def test_batches_are_right_and_follow_their_generator(name, size, split):
+    task = task_of(name, size)
+    for n in (1, 2, 3):
+        batch, again = (task.batch(n, default_rng(n), split) for _ in range(2))
+        assert batch.shape == (n, task.seq_len)
+        assert (batch == again).all()
+    batch = batch_of(name, size, split)
+    assert batch.dtype == np.int64
+    assert batch.min() >= 0 and batch.max() < task.vocab_size
+    assert task.correct(batch).all()
+
+
+@every_task
+def test_no_puzzle_is_in_both_splits(name, size):
+    task = task_of(name, size)
+    train, test = (batch_of(name, size, split) for split in ("train", "test"))
+    if hasattr(task, "held_out"):
+        assert task.held_out(test).all()
+        assert not task.held_out(train).any()
+    else:
+        seen, others = (set(map(tuple, batch[:, :task.prompt_len])) for batch in (train, test))
+        assert not seen & others
+
+
+@every("split,held_out", [("train", True), ("test", False)])
+@every("name", ["countdown", "zebra"])
 def test_every_puzzle_goes_through_the_split(name, split, held_out):
     """If all puzzles are held out, or none, one looks for others without end."""
+    task = task_of(name, TASKS[name].sizes[0])
     with mock.patch(f"data.{name}.in_test", lambda keys: np.full(len(keys), held_out)):
-        with pytest.raises(RecursionError):
-            TASKS[name](TASKS[name].sizes[0]).batch(1, np.random.default_rng(0), split)
+        with raises(RecursionError):
+            task.batch(1, default_rng(0), split)
 
 
-@pytest.mark.parametrize("size", TASKS["sudoku-puzzle"].sizes)
-def test_puzzles_have_one_solution(size):
-    task, side = TASKS["sudoku-puzzle"](size), int(size[0])
-    assert task.floor_nats == 0
-    for row in task.batch(40, np.random.default_rng(0), "train").tolist():
-        puzzle, board = naive_puzzle(task, row[:task.prompt_len]), row[task.prompt_len:]
-        shown = [int(x) - 1 if x != "." else side for x in re.findall(r"[\d.]", task.show(row))]
-        assert naive_solutions(puzzle, side) == [board] and shown == puzzle + board
-        assert puzzle.count(side) in {4: range(8, 13), 6: range(18, 27), 9: range(41, 54)}[side]
+@every_task
+def test_show_marks_every_token_of_the_answer(name, size):
+    task = task_of(name, size)
+    row = batch_of(name, size, "test")[0].tolist()
+    marked = []
+    task.show(row, lambda place, text: marked.append(place) or text)
+    assert sorted(marked) == list(range(task.prompt_len, task.seq_len))
 
 
-@pytest.mark.parametrize("size,n", [("3x2", 20), ("3x3", 20), ("3x4", 3), ("4x3", 1)])
+@every_puzzle
+def test_puzzles_have_one_solution(name, size):
+    task = task_of(name, size)
+    for row in batch_of(name, size, "train")[:10].tolist():
+        puzzle = naive_puzzle(task, row[:task.prompt_len])
+        assert naive_solutions(task, puzzle) == [row[task.prompt_len:]]
+
+
+@every_puzzle
+def test_any_cell_can_be_given_and_with_any_digit(name, size):
+    task = task_of(name, size)
+    batch = task.batch(2000, default_rng(0), "train")[:, :task.prompt_len]
+    puzzles = np.array([naive_puzzle(task, row) for row in batch.tolist()])
+    for cell in puzzles.T:
+        assert set(cell) == set(range(task.side + 1))
+    givens = (puzzles < task.side).sum(1)
+    fewest, most = task.givens[task.side]
+    assert fewest <= givens.min() < givens.max() == most
+
+
+@every_puzzle
+def test_a_puzzle_is_read_as_it_is_shown(name, size):
+    task = task_of(name, size)
+    row = batch_of(name, size, "test")[0].tolist()
+    prompt, answer = row[:task.prompt_len], row[task.prompt_len:]
+    shown = re.sub(r"[^\d.]", "", task.show(row))
+    assert shown[task.cells:] == "".join(str(digit + 1) for digit in answer)
+    assert task.read(shown[:task.cells]).tolist() == [prompt + [0] * task.cells]
+
+
+@every("text", ["", "." * 24, "6" + "." * 24, "12345" * 5])
+def test_what_is_no_puzzle_is_not_read(text):
+    with raises(ValueError):
+        task_of("latin-puzzle", "5-list").read(text)
+
+
+@every("size,n", [("3x2", 20), ("3x3", 20), ("3x4", 3), ("4x3", 1)])
 @mock.patch("data.zebra.in_test", lambda clues: (np.diff(clues) < 0).any(1))     # they are sorted
 def test_zebra_has_one_solution_and_no_clue_was_implied(size, n):
-    task = TASKS["zebra"](size)
-    H, things = task.houses, task.things
-    orders = [list(itertools.permutations(range(i, i + H))) for i in range(0, things, H)]
-    for row in task.batch(n, np.random.default_rng(0), "train").tolist():
-        grids = [sum(grid, ()) for grid in itertools.product(*orders)]
-        for used, clue in enumerate(row[:task.prompt_len], start=1):      # fewer and fewer are left
-            left = [grid for grid in grids if naive_zebra(task, [clue], grid)]
-            few = row[:used] + [things] * (task.prompt_len - used)
-            right = task.correct(np.array([[*few, *grid] for grid in grids]))
-            assert right.sum() == len(left) and (len(left) < len(grids) or clue == things)
-            grids = left
-        assert grids == [tuple(row[task.prompt_len:])]
+    task = task_of("zebra", size)
+    houses, things = task.houses, task.things
+    attributes = [permutations(range(i, i + houses)) for i in range(0, things, houses)]
+    grids = [sum(grid, ()) for grid in product(*attributes)]
+    for row in task.batch(n, default_rng(0), "train").tolist():
+        left = grids
+        for clue in row[:task.prompt_len]:                      # fewer and fewer grids are left
+            before = left
+            left = [grid for grid in before if naive_grid(task, [clue], grid)]
+            assert len(left) < len(before) or clue == things
+        assert left == [tuple(row[task.prompt_len:])]
 
 
-def test_boards_are_uniform_and_a_tenth_is_held_out():
-    rng = np.random.default_rng(0)
-    assert len(np.unique(fill(6), axis=0)) == len(fill(6)) == 28_200_960 // 720 == 39_168
-    for task, kinds, names in (Sudoku("4"), 288, 1), (TASKS["latin"]("5"), 161_280, 120):
-        assert task.floor_nats == pytest.approx(math.log(kinds))
-        boards = [task.batch(10_000, rng, split) for split in ("train", "test")]
-        if names > 1:                                                       # up to the names
-            boards = [np.take_along_axis(b[:, :5].argsort(1), b, axis=1) for b in boards]
-        train, test = (Counter(map(tuple, b.tolist())) for b in boards)
-        assert len(train) + len(test) == kinds // names and 0.07 < len(test) / len(train) < 0.14
-        assert uniform(train, len(train)) and uniform(test, len(test))
-    nine = Sudoku("9").batch(4000, rng, "train")          # from a pool of 3,044, up to the names
-    assert len({tuple(np.argsort(board[:9])[board]) for board in nine}) > 3900
+def test_every_number_and_every_sign_is_drawn():
+    batch = batch_of("countdown", "4", "train")
+    assert set(batch[:, :4].flat) == set(range(1, 14))
+    assert set(batch[:, 6::4].flat) == set(range(101, 105))
 
 
-# the experiments of the scripts -----------------------------------------------------------------
-TINY = "--size 4 --steps 20 --samples 32 --width 16 --layers 1 --jobs 1 --device cpu".split()
+def test_every_rule_and_every_house_of_a_thing_is_drawn():
+    task = task_of("zebra", "3x3")
+    clues, answers = np.split(batch_of("zebra", "3x3", "train"), [task.prompt_len], axis=1)
+    assert set(task.clues[clues - task.things, 0].flat) == set(range(len(RULES)))
+    assert all(len(set(house)) == 3 for house in answers.T)
 
 
-def run(script, *flags, experiment=None):
-    """Run a script in this process."""
-    with mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, flags)]):
-        latent.main(script.flags(), TASKS, script.jobs, experiment or script.experiment)
+@every("line", [
+    "sudoku         4       288",
+    "sudoku         6       28_200_960",
+    "sudoku         9       6_670_903_752_021_072_936_960",
+    "latin          5       161_280",
+    "latin          6       812_851_200",
+    "latin-puzzle   5-list  1",
+    "zebra          3x2     1"])
+def test_the_floor_is_the_entropy_of_the_answer(line):
+    name, size, answers = line.split()
+    assert task_of(name, size).floor_nats == math.log(int(answers))
+
+
+@every("name,size,kinds", [("sudoku", "4", 288 // 24), ("latin", "5", 161_280 // 120)])
+def test_boards_are_uniform_and_in_one_split(name, size, kinds):
+    """Up to the names of digits. About a tenth is held out."""
+    task = task_of(name, size)
+    numbers = []
+    for split in ("train", "test"):
+        boards = task.batch(10_000, default_rng(0), split)
+        renamed = np.take_along_axis(boards[:, :task.side].argsort(1), boards, axis=1)
+        counts = Counter(map(tuple, renamed))
+        numbers.append(len(counts))
+        assert uniform(counts, len(counts))
+    assert sum(numbers) == kinds
+    assert 0.07 < numbers[1] / kinds < 0.2
+
+
+def test_the_symmetries_of_side_9_move_a_cell_anywhere():
+    cells = np.tile(np.arange(81), (20_000, 1))
+    moved = task_of("sudoku", "9")._symmetry(cells, default_rng(0))
+    in_a_row = moved[:, 0] // 9 == moved[:, 1] // 9                     # else it is transposed
+    assert uniform(Counter(zip(moved[:, 0], in_a_row)), 81 * 2)
+
+
+# the scripts ------------------------------------------------------------------------------------
+FLAGS = ("--task sudoku-puzzle --size 4-list --steps 20 --samples 32 --batch-size 32 --width 16 "
+         "--layers 1 --device cpu")
+
+
+def run(line, folder, flags=FLAGS, draw=mock.Mock()):
+    """Run a script in this process; without a figure, which takes longer than all the rest."""
+    script, *more = line.split()
+    argv = [f"{script}.py", *flags.split(), "--out", str(folder), *more]
+    script = sys.modules[script]
+    with mock.patch.object(sys, "argv", argv), patch("draw", draw):
+        latent.main(script.flags(), TASKS, script.models)
 
 
 def records(folder):
-    """All records in a folder, but for times."""
-    return [{k: v for k, v in r.items() if k not in ("ms_per_puzzle", "train_minutes")}
-            for path in sorted(folder.glob("*.json"))
-            for r in json.loads(path.read_text())["records"].values()]
+    paths = sorted(folder.glob("*-s*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.open()]
 
 
-@pytest.mark.parametrize("system,flags,windows,sweep,temperature,policy,candidates", [
-    ("ar", "", [None], [0], 1, None, None),
-    ("mtp", "--latents 0 2 99 all --steps 200", range(1, 17), [0, 2, 15], 1, None, None),
-    ("mtp-causal", "--windows 3 --temperature 0", [3], [2], 0, None, None),
-    ("control", "--windows all", [16], [15], 1, None, None),
-    ("mdm", "", [None], [15], 1, "top-prob", 8),
-    ("sidm", "--order margin --candidates 99 --compile", [None], [0], 1, "margin", 16),
-    ("scdm", "--order uniform", [None], [0, 1, 2, 4, 8, 15], 1, "uniform", 1),
-    ("scdm-causal", "--latents 3 all --candidates 5 --temperature 0.5", [None], [3, 11], 0.5,
-     "top-prob", 5)])
-def test_an_experiment(tmp_path, monkeypatch, system, flags, windows, sweep, temperature, policy,
-                       candidates):
-    """Training puzzles are never the same, held-out ones are measured; and what is recorded was
-    measured in the way that was asked for."""
-    task, hide, drawn, measured, solved = TASKS["sudoku-puzzle"]("4"), latent.hide, [], [], []
+def models(line, task):
+    """The models of a script, each with its decodings: candidates, latent tokens, policy."""
+    script, *flags = line.split()
+    script = sys.modules[script]
+    settings = dict(list(TINY._asdict().items())[3:])
+    found = []
+    for recipe, decodings in script.models(task, script.flags().parse_args(flags), settings):
+        ways = [" ".join(str(value) for _, value in sorted(way.items())) for way in decodings]
+        found.append(f"{recipe.name}: " + ", ".join(ways))
+    return found
 
-    def draws(the_system, tokens, prompt_len, mask, cut, window, rng):
-        assert the_system is SYSTEMS[system] and prompt_len == 16
-        drawn.append((tokens, window))
-        return hide(the_system, tokens, prompt_len, mask, cut, window, rng)
 
-    def nats(model, the_system, tokens, prompt_len, n_latents, rng):
-        measured.append((tokens, n_latents))
-        assert the_system is SYSTEMS[system] and prompt_len == 16
-        return tokens[:, 0].float().mean() + torch.tensor(n_latents)
+@every("line,expected", [
+    ("train_ar", ["ar-s0: 0", "mtp-random-s0: 0, 1, 2, 4, 8, 15"]),
+    ("train_ar --systems ar mtp-causal --windows 3 all --latents 5",
+     ["ar-s0: 0", "mtp-causal-3-s0: 2", "mtp-causal-16-s0: 15"]),
+    ("train_ar --systems control --windows random 99 --latents 99 3 all --seeds 0 1",
+     ["control-random-s0: 3, 15", "control-16-s0: 15",
+      "control-random-s1: 3, 15", "control-16-s1: 15"]),
+    ("train_diffusion --latents 0 all",
+     ["mdm-s0: 1 15 random, 8 15 top-prob", "sidm-s0: 1 0 random, 8 0 top-prob",
+      "scdm-s0: 1 0 random, 1 15 random, 8 0 top-prob, 8 8 top-prob"]),
+    ("train_diffusion --systems scdm-causal --orders margin --candidates 5 --latents 3 all",
+     ["scdm-causal-s0: 5 3 margin, 5 11 margin"]),
+    ("train_diffusion --systems sidm --orders top-prob --candidates 99 --seeds 7",
+     ["sidm-s7: 16 0 top-prob"])])
+def test_models_and_their_decodings(line, expected):
+    """Of an answer of sixteen tokens."""
+    assert models(line, PUZZLE) == expected
 
-    def decode(model, the_system, tokens, n_latent, generator=None, **how):
-        solved.append((tokens, n_latent, how))
-        assert the_system is SYSTEMS[system]
+
+@every("answer,candidates", [(1, 1), (2, 1), (3, 1), (6, 3), (15, 7), (36, 8)])
+def test_candidates_leave_latent_tokens_of_a_short_answer(answer, candidates):
+    task = SimpleNamespace(prompt_len=2, seq_len=2 + answer)
+    found = models("train_diffusion --systems scdm --orders top-prob --latents all", task)
+    assert found == [f"scdm-s0: {candidates} {answer - candidates} top-prob"]
+
+
+def test_an_experiment_records_every_evaluation(tmp_path):
+    line = ("train_ar --systems mtp --windows random --latents 0 2 --seeds 3 --batch-size 5 "
+            "--lr 0.1 --layers 2 --heads 8 --width 32")
+    recipe = Recipe("mtp", "random", 3, PUZZLE.name, "4-list", 5, 0.1, 2, 8, 32)
+    found = {"latents": 1, "accuracy": 0.5, "nats": 2.25, "forward_tokens": 77}
+    expected = {**found, "model": recipe._asdict(), "samples": 32, "step": 20, "device": "cpu"}
+    with patch("evaluate", return_value=found) as evaluate:
+        run(line, tmp_path)
+    for call, record in zip(evaluate.call_args_list, records(tmp_path), strict=True):
+        assert call.args[1] == recipe
+        assert call.args[3:] == (record["decoding"], 32)
+        assert record.items() >= expected.items()
+
+
+def test_all_models_are_measured_on_the_same_held_out_puzzles():
+    told = []
+
+    def solve(model, system, tokens, prompt_len, generator, teacher_forcing=False, **how):
+        assert prompt_len == 8
+        assert PUZZLE.held_out(tokens.numpy()).all()
+        told.append((tokens.tolist(), generator.initial_seed(), how))
         filled = tokens.clone()
-        filled[::3, -1] = 4                                              # wrong
-        return filled, 100 + n_latent
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    for name, fake in {"hide": draws, "nats": nats, "decode": decode}.items():
-        monkeypatch.setattr(latent, name, fake)
-    run(train_diffusion if policy else train_ar, *TINY, "--task", "sudoku-puzzle", "--samples", 600,
-        "--systems", system, "--out", tmp_path, *flags.split())
-    for calls, held_out in (drawn, False), (measured, True), (solved, True):
-        assert all((task.held_out(call[0].numpy()) == held_out).all() for call in calls)
-    assert len(torch.cat([tokens for tokens, _ in drawn]).unique(dim=0)) > 0.98 * 64 * len(drawn)
-    seen = {window for _, window in drawn}
-    assert min(seen) >= 16 if windows[0] is None else seen == set(windows)
-    assert measured[0][1] == sweep
-    how = {"prompt_len": 16, "temperature": temperature}
-    how |= {"policy": policy, "candidates": candidates} if policy else {}
-    assert all(call[2] == how for call in solved) and len(records(tmp_path)) == len(sweep)
-    mean = torch.cat([tokens for tokens, _ in measured])[:, 0].float().mean().item()
-    for k, record in zip(sweep, records(tmp_path)):
-        right = [i % 128 % 3 != 0 for i in range(600)]                      # 128 at once
-        expected = {"system": system, "n_latent": k, "order": policy, "candidates": candidates,
-                    "temperature": temperature, "forward_tokens": 100 + k, "step": len(drawn),
-                    "accuracy": sum(right) / 600, "unseen": None,
-                    "window": "random" if len(windows) > 1 else windows[0]}
-        assert {name: record[name] for name in expected} == expected
-        assert record["nats"] == pytest.approx(mean + k)
+        filled[::4] = 0
+        return latent.Decoded(filled, torch.arange(32.0) + 9 * teacher_forcing, 77, 5)
+    for seed in (0, 1):
+        recipe = TINY._replace(seed=seed)
+        with patch("decode", solve):
+            found = latent.evaluate(PUZZLE, recipe, build(recipe, PUZZLE), {"n_latent": 3}, 32)
+        assert found == {"accuracy": 0.75, "nats": 15.5 + 9, "forward_tokens": 77, "latents": 5}
+    puzzles, *_ = told[0]
+    assert told == [(puzzles, seed, {"n_latent": 3}) for seed in (0, 0, 1, 1)]
 
 
-def test_unseen_is_a_share_of_the_valid_boards(tmp_path, monkeypatch):
-    task, rng = Sudoku("4"), np.random.default_rng(1)
-    boards = [task.batch(5, rng, "test"), task.batch(15, rng, "train"), np.zeros((12, 16), int)]
-    monkeypatch.setattr(latent, "decode", lambda *_, **how: (torch.tensor(np.vstack(boards)), 7))
-    run(train_diffusion, *TINY, "--systems", "sidm", "--out", tmp_path)
-    assert [(r["accuracy"], r["unseen"]) for r in records(tmp_path)] == [(20 / 32, 5 / 20)]
+# training ---------------------------------------------------------------------------------------
+def train(path, recipe=TINY, steps=20, model=None):
+    model = model or build(recipe, PUZZLE)
+    return latent.train(PUZZLE, recipe, model, path, steps, False)
 
 
-def test_the_table_is_of_this_run_and_its_errors_are_over_seeds(tmp_path):
-    args = train_ar.flags().parse_args([*TINY, "--systems", "mtp", "--out", str(tmp_path)])
-    same = {**{name: getattr(args, name, 0) for name in latent.SETTINGS}, "system": "mtp",
-            "order": None, "samples": 50, "n_latent": 1, "temperature": 1, "candidates": None,
-            "step": 9, **dict.fromkeys(latent.MEANS.split(), 5.0), "accuracy": 0.0, "nats": 7.0}
-    more = [{"accuracy": 0.2}, {"accuracy": 0.3, "seed": 1},
-            {"accuracy": 0.7, "seed": 2, "nats": 10}, {"n_latent": 2}, {"n_latent": 2}, {"lr": 1.0},
-            {"step": 40}, {"samples": 51}, {"temperature": 0}, {"window": 4}, {"order": "uniform"}]
-    for i, more in enumerate(more):
-        (tmp_path / f"{i}.json").write_text(json.dumps({"records": {"": {**same, **more}}}))
-    rows = {(row["seeds"], row["n_latent"]): row for row in latent.summary(args)}
-    assert len(latent.summary(args)) == 7 and set(rows) == {(3, 1), (1, 1), (1, 2)}
-    assert [rows[3, 1][name] for name in ("accuracy", "nats", "excess", "error")] == pytest.approx(
-        [0.4, 8, 3, math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2 / 3)])
-    assert rows[1, 2]["error"] == pytest.approx(0.5 / 51)   # Wilson: p = 0 within sqrt(p(1-p) / 50)
+def test_every_step_of_every_seed_has_its_own_training_puzzles_and_orders(tmp_path):
+    with spy("cross_entropy") as called:
+        for seed in range(3):
+            train(tmp_path / f"{seed}.pt", TINY._replace(seed=seed), 4)
+    puzzles, orders = set(), set()
+    for _, _, tokens, _, turn, _ in (call.args for call in called.call_args_list):
+        assert not PUZZLE.held_out(tokens.numpy()).any()
+        puzzles.add(str(tokens.tolist()))
+        orders.add(str(turn.tolist()))
+    assert len(puzzles) == len(orders) == 12
 
 
-def test_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
+@every("name", SYSTEMS)
+@every("window", [None, 3, "random"])
+def test_what_is_trained_is_the_objective(tmp_path, name, window):
+    rng = default_rng((0, 0))
+    tokens = torch.from_numpy(PUZZLE.batch(32, rng, "train"))
+    loss, *_ = draw(SYSTEMS[name], tokens, 8, window, rng, small_model(69, 24))
+    recipe = TINY._replace(system=name, window=window)
+    state = train(tmp_path / "x.pt", recipe, 1, small_model(69, 24))
+    assert state["history"] == [[1, approx(loss.item())]]
+
+
+def test_the_learning_rate_warms_up_and_falls(tmp_path):
     rates = []
-    recorder = mock.Mock(param_groups=[{}], state_dict=dict)
-    recorder.step = lambda: rates.append(recorder.param_groups[0]["lr"])
-    monkeypatch.setattr(latent, "optimizers", lambda model, lr: [recorder])
-    run(train_ar, *TINY, "--systems", "ar", "--steps", 400, "--lr", 2, "--out", tmp_path)
+    optimizer = mock.Mock(param_groups=[{}], state_dict=dict)
+    optimizer.step = lambda: rates.append(optimizer.param_groups[0]["lr"])
+    with patch("optimizers", return_value=[optimizer]):
+        train(tmp_path / "x.pt", TINY._replace(lr=2.0), 400)
     expected = [2 * min((i + 1) / 100, 1, 1 - 0.95 * (i - 200) / 200) for i in range(400)]
-    assert rates == pytest.approx(expected)
+    assert rates == approx(expected)
+    assert optimizer.zero_grad.call_count == 400
+
+
+def test_gradients_are_clipped_to_one(tmp_path):
+    model = small_model(69, 24)
+    model.output.weight.data *= 100
+    with patch("optimizers", return_value=[]):
+        train(tmp_path / "x.pt", steps=1, model=model)
+    gradients = [weight.grad.flatten() for weight in model.parameters()]
+    assert torch.cat(gradients).norm().item() == approx(1, abs=0.001)
 
 
 class Kernels(TorchDispatchMode):
     """Counts what a GPU has to be told: all operations but views."""
-    count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += not (operation.is_view or re.match(".*(profiler|view)", operation.name()))
+        if not operation.is_view and not re.search("profiler|view", operation.name()):
+            self.counts[operation.name()] += 1
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_training_step_is_few_kernels(tmp_path):
-    counts, model = [], small_model(6, 36, 3)
+def test_a_training_step_is_few_kernels_and_waits_for_none(tmp_path):
+    counts = []
     for steps in (2, 3):
         with Kernels() as kernels:
-            run(train_ar, *f"--systems mtp --device cpu --steps {steps} --out".split(),
-                tmp_path / str(steps), experiment=lambda task, job: latent.train(task, job, model))
-        counts.append(kernels.count)
-    assert 100 < counts[1] - counts[0] <= 300
+            kernels.counts = Counter()
+            train(tmp_path / f"{steps}.pt", steps=steps, model=small_model(69, 24, 3))
+        counts.append(kernels.counts)
+    step = counts[1] - counts[0]
+    assert 100 < step.total() <= 300
+    assert not re.search("_local_scalar_dense|nonzero|masked_select|index", " ".join(step))
 
 
-@every_system
-def test_what_is_trained_is_the_objective(name, tmp_path, monkeypatch):
-    """One step without an optimizer; each seed has weights and puzzles of its own."""
-    script, seen = train_ar if SYSTEMS[name].order == "left" else train_diffusion, []
-
-    def evaluate(task, args, model, state, *_):
-        tokens, *hidden, weight = latent.batch(task, args, model.mask, 0)
-        ce = latent.cross_entropy(model, SYSTEMS[name], tokens, *hidden)
-        assert state["history"] == [[1, pytest.approx((weight * ce).sum().item())]]
-        seen.append((tokens, model.token.weight))
-    monkeypatch.setattr(latent, "optimizers", lambda model, lr: [])
-    monkeypatch.setattr(latent, "evaluate", evaluate)
-    run(script, *TINY, "--steps", 1, "--systems", name, "--seeds", 0, 1, "--out", tmp_path)
-    assert not any(one.equal(two) for one, two in zip(*seen))
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = small_model(layers=3)
+    *muons, adamw = (opt.param_groups[0] for opt in latent.optimizers(model, 0.01))
+    matrices = [id(weight) for weight in model.blocks.parameters() if weight.dim() == 2]
+    assert sorted(id(weight) for muon in muons for weight in muon["params"]) == sorted(matrices)
+    rest = {id(weight) for weight in model.parameters()} - set(matrices)
+    assert {id(weight) for weight in adamw["params"]} == rest
+    assert (adamw["lr"], adamw["betas"], adamw["weight_decay"]) == (0.01, (0.9, 0.98), 0)
 
 
-def test_muon_is_that_of_torch():
-    models, generator = [small_model(layers=3) for _ in range(3)], torch.Generator().manual_seed(0)
-    matrices = [w for w in models[1].blocks.parameters() if w.dim() == 2]
-    opts = latent.optimizers(models[0], 0.01)
-    trained = [id(w) for opt in opts for w in opt.param_groups[0]["params"]]
-    assert sorted(trained) == sorted(map(id, models[0].parameters()))              # each, once
-    muons = [torch.optim.Muon(matrices, 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-             *opts[:-1]]
+@every("shape", [(16, 48), (48, 16)])
+def test_muon_is_that_of_torch(shape):
+    """Which works in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.zeros(shape) for _ in range(3)] for _ in range(2))
+    opts = [latent.Muon(ours, {"lr": 0.01}),
+            torch.optim.Muon(theirs, 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
     for _ in range(5):
-        for one, two in zip(models[0].parameters(), models[1].parameters()):
-            one.grad = two.grad = torch.randn(one.shape, generator=generator)
-        for muon in muons:
-            muon.step()
-    for one, two, start in zip(*(model.blocks.parameters() for model in models)):
-        assert (one - two).norm() <= (one - start).norm() / 50         # torch's works in bfloat16
+        for one, two in zip(ours, theirs):
+            one.grad = two.grad = torch.randn(shape, generator=generator)
+        for opt in opts:
+            opt.step()
+    for one, two in zip(ours, theirs):
+        assert (one - two).norm() <= one.norm() / 50
 
 
 # trouble ----------------------------------------------------------------------------------------
-def start(folder, script, *flags):
-    """A script as in a terminal that knows only ASCII; with a log, and a bad matplotlib backend."""
-    env = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://missing"}
-    with open(folder / f"{script}.log", "w") as log:
-        return subprocess.Popen(
-            [sys.executable, HERE / f"{script}.py", *TINY, *map(str, flags), "--out", folder],
-            stdout=log, stderr=log, start_new_session=True, env=os.environ | env)
+def fails(line, folder, status=2):
+    with raises(SystemExit, match=str(status)):
+        run(line, folder)
 
 
-def living(process):
-    ps = subprocess.run(["ps", "-A", "-o", "pgid=", "-o", "stat="], capture_output=True, text=True)
-    return len(re.findall(rf"^ *{process.pid} +[^Z]", ps.stdout, re.MULTILINE))        # no zombies
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.glob("*-s*")}
 
 
-def wait_for(process, condition, seconds=60):
-    for _ in range(50 * seconds):
-        if condition():
-            return
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    raise TimeoutError
+@pytest.fixture
+def minutes():
+    """Between any two looks at the clock a minute passes, and a second."""
+    clock = SimpleNamespace(monotonic=count(0, 61).__next__)
+    with patch("time", clock):
+        yield
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no process groups")
-@pytest.mark.parametrize("sent,when", [("INT", "start"), ("INT", "training"), ("INT", "alone"),
-                                       ("TERM", "alone"), ("KILL", "start")])
-def test_processes_end_together(tmp_path, sent, when):
-    """Ctrl-C in a terminal reaches all processes; a signal may also reach the first alone."""
-    process = start(tmp_path, *"train_diffusion --systems mdm sidm --jobs 2 --steps 99999".split())
-    log, number = tmp_path / "train_diffusion.log", getattr(signal, f"SIG{sent}")
-    wait_for(process, lambda: living(process) > 3 if when == "start" else all(
-        re.search(f"{name}-s0: .*it/s", log.read_text()) for name in ("mdm", "sidm")))
-    (os.kill if sent == "KILL" or when == "alone" else os.killpg)(process.pid, number)
-    assert process.wait(20) == (130 if sent == "INT" else -number)
-    wait_for(process, lambda: not living(process), 20)
-    assert (sent == "INT") == ("--resume" in log.read_text())
-    assert "Traceback" not in log.read_text() or when == "start"    # Python's own, while it imports
+def test_an_interrupted_training_resumes_exactly(tmp_path, minutes, capsys):
+    line = "train_diffusion --systems scdm --steps 200"
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    with spy("objective", *[mock.DEFAULT] * 120, KeyboardInterrupt):
+        fails(line, cut, status=130)
+    assert "--resume" in capsys.readouterr().err
+    assert torch.load(cut / "scdm-s0.pt")["step"] == 100
+    states = []
+    for folder in (cut, whole):
+        run(f"{line} --resume", folder)
+        states.append(torch.load(folder / "scdm-s0.pt"))
+        del states[-1]["settings"]
+    assert_close(*states, rtol=0, atol=0)
+    assert records(cut) == records(whole) != []
+    history = dict(states[0]["history"])
+    assert history[200] < history[50] - 0.05
+    assert states[0]["minutes"] == approx(4 * 61 / 60)
 
 
-def stops(step, sent):
-    """A clock that runs fast, so that checkpoints are written, and a signal in this step."""
-    steps = [latent.cross_entropy] * step + [lambda *_: os.kill(os.getpid(), sent)]
-    return mock.patch.multiple(latent, cross_entropy=lambda *those: steps.pop(0)(*those),
-                               time=SimpleNamespace(time=itertools.count(0, 9).__next__))
+def test_weights_alone_can_be_evaluated(tmp_path):
+    line = "train_diffusion --systems sidm --orders random"
+    run(line, tmp_path)
+    saved = torch.load(tmp_path / "sidm-s0.pt")
+    del saved["optimizers"]
+    torch.save(saved, tmp_path / "sidm-s0.pt")
+    run(f"{line} --resume", tmp_path)
+    assert len(records(tmp_path)) == 2
 
 
-def ends_badly(task, args):
-    """Seed 0 goes wrong: killed, or a loss that is not finite."""
-    if args.seed == 0:
-        args.lr = math.inf if args.temperature == 1 else args.lr
-    with stops(150 if args.seed == args.temperature == 0 else 999, signal.SIGTERM):
-        train_diffusion.experiment(task, args)
+def test_a_failure_does_not_stop_the_others(tmp_path, capsys):
+    effects = [RunError("bad luck"), OSError("no space"), ZeroDivisionError("a fork's own")]
+    with spy("train", *effects, mock.DEFAULT):
+        fails("train_diffusion --systems sidm --orders random --seeds 0 1 2 3", tmp_path)
+    err = capsys.readouterr().err
+    assert err.endswith("sidm-s0: bad luck\nsidm-s1: no space\nsidm-s2: a fork's own\n")
+    assert re.findall("Traceback|[A-Z]\\w+Error:", err) == ["Traceback", "ZeroDivisionError:"]
+    assert [record["model"]["seed"] for record in records(tmp_path)] == [3]
 
 
-def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch, capfd):
-    """And another process may draw the batches ahead, as for a GPU."""
-    flags, cut = "--seeds 0 1 --systems scdm --steps 200 --temperature 0".split(), tmp_path / "cut"
-    with pytest.raises(SystemExit, match="2"):
-        run(train_diffusion, *TINY, *flags, "--jobs", 2, "--out", cut, experiment=ends_badly)
-    assert 0 < latent.load(cut / "scdm-s0.pt")["step"] <= 150
-    ahead = {"num_workers": 1, "multiprocessing_context": "spawn"}
-    for folder, how in (cut, {}), (tmp_path / "whole", ahead):
-        monkeypatch.setattr(latent, "DataLoader", lambda *a, **b: DataLoader(*a, **b | how))
-        run(train_diffusion, *TINY, *flags, "--out", folder, "--resume")
-    assert len(re.findall(r"whole/scdm-s\d.pt is not there", capfd.readouterr().err)) == 2
-    for path in cut.glob("*.pt"):
-        one, two = latent.load(path), latent.load(tmp_path / "whole" / path.name)
-        assert all(one["model"][name].equal(two["model"][name]) for name in one["model"])
-        assert dict(two["history"]).items() <= dict(one["history"]).items()
-        assert json.loads(path.with_suffix(".json").read_text())["history"] == one["history"]
-        assert two["history"][0][1] > two["history"][-1][1] and two["history"][-1][0] == 200
-    assert records(cut) == records(tmp_path / "whole") != []
+def test_a_loss_that_is_not_finite_ends_training(tmp_path):
+    with raises(RunError, match="loss nan"):
+        train(tmp_path / "x.pt", TINY._replace(lr=math.inf), 99)
+    assert torch.load(tmp_path / "x.pt")["step"] == 0
 
 
-def test_scripts_side_by_side_in_one_folder(tmp_path):
-    processes = [start(tmp_path, "train_ar", "--systems", "ar", "mtp"),
-                 start(tmp_path, "train_diffusion", "--systems", "sidm", "scdm", "--jobs", 2)]
-    assert [process.wait(90) for process in processes] == [0, 0]
-    assert {(path.stem, path.suffix) for path in tmp_path.glob("*-s0*")} == set(itertools.product(
-        ("ar-s0", "mtp-random-s0", "sidm-s0", "scdm-s0"), (".pt", ".json")))
-    assert len(re.findall("AR.*%", (tmp_path / "train_ar.log").read_text())) >= 6      # the table
-
-
-@pytest.mark.parametrize("jobs,temperature", [(1, 1), (2, 1), (2, 0)])
-def test_a_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd, jobs, temperature):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)                    # nor does this
-    with pytest.raises(SystemExit, match="2"):
-        run(train_diffusion, *TINY, "--systems", "sidm", "--seeds", 0, 1, 2, "--jobs", jobs,
-            "--temperature", temperature, "--steps", 200, "--out", tmp_path, experiment=ends_badly)
-    out, err = capfd.readouterr()
-    assert "Traceback" not in err and "error" in err.splitlines()[-1]
-    if temperature:
-        assert {r["seed"] for r in records(tmp_path)} == {1, 2} and "forward tokens" in out
-        assert {path.name for path in tmp_path.glob("*.pt")} == {"sidm-s1.pt", "sidm-s2.pt"}
-        assert "No figure" in out and "sidm-s0.pt: loss nan" in err.splitlines()[-1]
-
-
-def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
-    flags = [*TINY, "--systems", "sidm", "--out", tmp_path]
-    run(train_diffusion, *flags)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def fails(path, *content):
-        path.open("ab").write(b"half of it")
+def test_a_full_disk_leaves_what_was_saved(tmp_path):
+    def fill_up(path, content):
+        with path.open("ab") as file:
+            file.write(content[:1000])
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", fails)
-    with pytest.raises(SystemExit, match="2"):
-        run(train_diffusion, *flags, "--resume", "--steps", 30)
-    assert all(path.read_bytes() == content for path, content in before.items())
+    run("train_diffusion --systems sidm", tmp_path)
+    before = contents(tmp_path)
+    with mock.patch.object(Path, "write_bytes", fill_up):
+        fails("train_diffusion --systems sidm --resume --steps 30", tmp_path)
+    assert contents(tmp_path).items() >= before.items()
 
 
-def test_no_evaluation_replaces_another(tmp_path, capsys):
-    flags = [*TINY, "--systems", "scdm", "--latents", 0, "--out", tmp_path]
-    run(train_diffusion, *flags)
-    before = (path := tmp_path / "scdm-s0.pt").read_bytes()
-    for more in ["--samples 8", "--order uniform", "--order margin", "--candidates 2",
-                 "--temperature 0", "--latents 3", "--steps 25"]:
-        old = records(tmp_path)
-        how = ["--resume"] if "steps" in more else ["--checkpoint", path]
-        for _ in range(2):                                            # the second adds nothing
-            run(train_diffusion, *flags, *how, *more.split())
-            assert records(tmp_path)[:-1] == old
-        assert (path.read_bytes() == before) == ("steps" not in more)
-    assert any(tmp_path.glob("*.png")) != ("No figure" in capsys.readouterr().out)
+def test_a_checkpoint_that_can_not_be_written_is_tried_again(tmp_path, minutes):
+    effects = [mock.DEFAULT, OSError, mock.DEFAULT, mock.DEFAULT]
+    with mock.patch("os.replace", wraps=os.replace, side_effect=effects) as replace:
+        train(tmp_path / "x.pt", steps=150)
+    assert replace.call_count == 4
+    assert torch.load(tmp_path / "x.pt")["minutes"] == approx(3 * 61 / 60)
 
 
-BAD_INPUT = [                              # a script, and flags; one flag or file has to be named
-    "train_diffusion --out weights --size 4 --systems scdm --width 16 --layers 1 --resume",
-    "train_diffusion --layers 3 --out ../bad0 --size 4 --systems scdm --resume",
-    "train_diffusion --checkpoint weights/scdm-s0.pt --out ../bad0", "train_diffusion --latents -1",
-    "train_diffusion --checkpoint misfit.pt", "train_diffusion --out ../bad0 --size 4",
-    "train_diffusion --checkpoint code.pt", "train_ar --checkpoint missing.pt", "train_ar --lr inf",
-    "train_ar --checkpoint scdm-s0.pt", "train_ar --checkpoint foreign.pt", "train_ar --device tpu",
-    "train_diffusion --candidates 0", "train_ar --checkpoint torn.pt", "train_ar --order top-prob",
-    "train_ar --systems mdm", "train_ar --out torn.pt", "train_ar --windows 37",
-    "train_ar --windows 0", "train_ar --samples 1", "train_ar --seeds -1", "train_ar --heads 3",
-    "train_ar --steps 0", "train_ar --lr nan", "train_ar --size 5"]
+def test_what_can_not_be_read_again_fails_before_training(tmp_path):
+    with spy("objective") as objective, raises(RunError):
+        train(tmp_path / "x.pt", TINY._replace(lr=np.float64(0.003)))
+    assert not objective.called
+
+
+def test_a_new_setting_has_its_default_in_older_checkpoints(tmp_path):
+    train(tmp_path / "x.pt", steps=1)
+    fork = namedtuple("Recipe", [*TINY._fields, "a_new_one"], defaults=[0.0])
+    with patch("Recipe", fork):
+        latent.load(tmp_path / "x.pt", fork(*TINY), build(TINY, PUZZLE))
+
+
+@every("path", sorted(HERE.glob("data/weights/**/*.pt")), ids=lambda path: path.stem)
+def test_shipped_weights_load(path):
+    recipe = Recipe(**torch.load(path)["settings"])
+    latent.load(path, recipe, build(recipe, task_of(recipe.task, recipe.size)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk to write to")
+def test_scripts_side_by_side_in_one_folder(tmp_path):
+    """They print no errors, and need not be able to."""
+    processes = []
+    for line in ("train_ar.py --systems ar 2>/dev/full", "train_diffusion.py --systems sidm 2>&-"):
+        command = f"{sys.executable} {HERE}/{line} {FLAGS} --out {tmp_path}"
+        processes.append(subprocess.Popen(command, shell=True))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(records(tmp_path)) == 3
+
+
+BAD_INPUT = """train_ar --task chess
+train_ar --size 5
+train_ar --systems mdm
+train_ar --orders top-prob
+train_ar --windows 0
+train_ar --seeds -1
+train_ar --steps 0
+train_ar --heads 3
+train_ar --lr nan
+train_ar --latents -1
+train_ar --device tpu
+train_ar --systems ar --out taken
+train_ar --systems ar --watch 0
+train_diffusion --candidates 0
+train_diffusion --systems scdm --watch 1..2
+train_diffusion --systems scdm --seeds 0
+train_diffusion --systems scdm --resume --width 32 --seeds 0
+train_diffusion --systems scdm --resume --lr 0.1 --seeds 0
+train_diffusion --systems scdm --resume --seeds 1
+train_diffusion --systems scdm --resume --seeds 2
+train_diffusion --systems scdm --resume --seeds 3
+train_diffusion --systems scdm --resume --steps 30 --seeds 4"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a checkpoint, and files that are none."""
+    """A folder with a checkpoint, and with files that are none, of the seeds 1 to 4."""
     folder = tmp_path_factory.mktemp("bad")
-    run(train_diffusion, *TINY, "--systems", "scdm", "--steps", 2, "--out", folder)
-    (saved := latent.load(folder / "scdm-s0.pt")).pop("optimizers")
-    (folder / "torn.pt").write_bytes((folder / "scdm-s0.pt").read_bytes()[:5000])
-    (folder / "weights").mkdir()
-    for name, content in [("code", {**saved, "model": os.mkdir}), ("foreign", {"weights": 1}),
-                          ("misfit", {**saved, "model": {"token.weight": torch.zeros(3)}}),
-                          ("weights/scdm-s0", saved)]:
-        torch.save(content, folder / f"{name}.pt")
+    run("train_diffusion --systems scdm --latents 0", folder)
+    saved = torch.load(folder / "scdm-s0.pt")
+    del saved["optimizers"]
+    (folder / "taken").write_text("")
+    (folder / "scdm-s1.pt").write_text("torn")
+    torch.save({"weights": 1}, folder / "scdm-s2.pt")
+    for seed, model in (3, os.mkdir), (4, saved["model"]):
+        settings = {**saved["settings"], "seed": seed}
+        torch.save({**saved, "settings": settings, "model": model}, folder / f"scdm-s{seed}.pt")
     return folder
 
 
-@pytest.mark.parametrize("line", BAD_INPUT)
+@every("line", BAD_INPUT.splitlines())
 def test_bad_input_gets_one_line(folder, monkeypatch, capsys, line):
-    (script, *flags), before = line.split(), sorted(folder.iterdir())
+    before = contents(folder)
     monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as stop:
-        run(sys.modules[script], *flags)
+    fails(line, folder)
     err = capsys.readouterr().err
-    named = [flag for flag in flags if flag.startswith("--") or flag.endswith(".pt")]
-    assert stop.value.code == 2 and any(flag.strip("-") in err for flag in named), err
-    assert err.count("\n") == 1 and sorted(folder.iterdir()) == before
-    with pytest.raises(SystemExit, match="0"):
-        run(sys.modules[script], "-h")
-    assert all(flag in out for out in [capsys.readouterr().out] for flag in ("--size", "--out"))
+    *_, flag, value = line.split()
+    assert err.count("\n") == 1
+    assert flag in err or f"s{value}.pt" in err or f"'{value}'" in err
+    assert contents(folder) == before
 
 
-def test_watch_shows_every_pass_and_records_nothing(tmp_path, capsys):
-    run(train_diffusion, *TINY, "--systems", "scdm", "--latents", 3, "--out", tmp_path,
-        "--candidates", 1, "--watch")
-    frames = [part for part in capsys.readouterr().out.split("\n\n") if "latent tokens\n" in part]
-    assert len(frames) == 16 and not list(tmp_path.glob("*.json"))
-    for step, frame in enumerate(frames):
-        assert [frame.count(mark) for mark in "[~%"] == [1, k := min(3, 15 - step), 1 + k]
-    run(train_ar, *TINY, *"--task countdown --systems ar --watch --out".split(), tmp_path / "c")
-    assert "The answer is" in capsys.readouterr().out
+# watching, and the figure -----------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["4", "4-list"])
+def puzzles(tmp_path_factory, request):
+    """Flags of a puzzle, and a folder with a trained model."""
+    folder = tmp_path_factory.mktemp("watch")
+    flags = f"{FLAGS} --size {request.param} --orders random --latents 0 3"
+    run("train_diffusion --systems scdm --steps 1", folder, flags)
+    return flags, folder
 
 
-# not in the default run: -m gpu, -m bench ---------------------------------------------------------
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
-def test_training_on_a_gpu(tmp_path, device):
-    """The same weights have the same loss; it falls; an interrupted run goes on all the same."""
-    flags = [*TINY, "--systems", "scdm", "--device", device, "--steps", 60, "--out"]
-    for name, half in itertools.product(SYSTEMS, (False, True)):
-        tokens, model = random_tokens(64, 12), small_model().to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = draw(name, tokens.to(device), 3, 4, model=model)[0].item()
-        assert loss == pytest.approx(draw(name, tokens, 3, 4)[0].item(), rel=0.02 if half else 1e-4)
-    run(train_diffusion, *flags, tmp_path / "whole")
-    with pytest.raises(SystemExit, match="130"), stops(45, signal.SIGINT):
-        run(train_diffusion, *flags, tmp_path / "cut")
-    run(train_diffusion, *flags, tmp_path / "cut", "--resume")
-    one, two = (dict(latent.load(tmp_path / x / "scdm-s0.pt")["history"]) for x in ("whole", "cut"))
-    run(train_ar, *TINY, "--device", device, "--jobs", 2, "--out", tmp_path / "two at once")
-    assert two[60] < two[min(two)] - 0.05
-    assert [one[50], one[60]] == pytest.approx([two[50], two[60]], abs=0.02)
+@every("puzzle", ["7", "12..3........4.."])
+def test_watch_shows_every_pass_and_records_nothing(puzzles, capsys, puzzle):
+    flags, folder = puzzles
+    before = contents(folder)
+    shown = []
+    for _ in range(2):
+        with spy("decode") as decode:
+            run(f"train_diffusion --systems scdm --watch {puzzle}", folder, flags)
+        _, *parts = capsys.readouterr().out.split("\n\n")
+        shown.append(parts)
+    assert shown[0] == shown[1]
+    assert contents(folder) == before
+    passes = [part for part in parts if "!" in part]
+    for k, step in product((0, 3), range(16)):
+        marks = [passes[0].count(mark) for mark in "!?~"]
+        assert marks == [1, 0, min(k, 15 - step)]
+        del passes[0]
+    assert not passes
+    if puzzle == "7":
+        board = decode.call_args.args[2][:, -16:]
+        assert task_of("sudoku", "4").held_out(board.numpy()).all()
+    else:
+        assert re.sub(r"[^\d.]", "", parts[1]) == puzzle
 
 
-@pytest.mark.bench
-def test_speed():                                     # prints a table, which -s shows
-    subprocess.run([sys.executable, HERE / ".github/bench.py"], check=True)
+def test_the_figure_has_the_latest_records_of_these_settings(tmp_path):
+    for step, (system, width, decoding, latents, accuracy, nats) in enumerate([
+            ("scdm", 16, {"policy": "random"}, 1, 0.6, 2),              # of a shorter training
+            ("scdm", 16, {"policy": "random"}, 4, 0.5, 9),
+            ("scdm", 16, {"policy": "random"}, 0, 0.2, 8),
+            ("scdm", 16, {"policy": "random"}, 0, 0.3, 7),
+            ("scdm", 16, {"policy": "top-prob"}, 0, 0.7, 6),
+            ("mtp", 16, {}, 2, 0.1, 5),
+            ("mdm", 16, {"policy": "margin"}, 0, 0.9, 1),               # is in no panel
+            ("sidm", 32, {"policy": "random"}, 0, 0.9, 1)]):            # has other settings
+        recipe = TINY._replace(system=system, width=width)
+        record = {"model": recipe._asdict(), "decoding": decoding, "latents": latents,
+                  "accuracy": accuracy, "nats": nats, "step": min(step, 1)}
+        with (tmp_path / f"{recipe.name}.jsonl").open("a") as file:
+            print(json.dumps(record), file=file)
+    panels = [mock.MagicMock() for _ in range(3)]
+    matplotlib = mock.Mock()
+    matplotlib.Figure().subplots.return_value = panels
+    with mock.patch.dict(sys.modules, {"matplotlib.figure": matplotlib}):
+        latent.draw(tmp_path, TINY)
+    plotted = []
+    for panel in panels:
+        calls = [call for call in panel.plot.call_args_list if call.args[0]]
+        plotted.append({call.kwargs["label"]: list(zip(*call.args[:2])) for call in calls})
+    assert plotted == [
+        {"mtp-s0": [(2, 0.1)], "scdm-s0": [(0, 0.3), (4, 0.5)]},
+        {"mtp-s0": [(2, 0.1)], "scdm-s0": [(0, 0.7)]},
+        {"mtp-s0": [(2, 5)], "scdm-s0": [(0, 7), (4, 9)]}]
+
+
+@every("missing", ["matplotlib.figure", "nothing"])
+def test_trouble_with_the_figure_costs_only_the_figure(tmp_path, capsys, missing):
+    (tmp_path / "foreign.jsonl").write_text("[1, 2]")
+    with mock.patch.dict(sys.modules, {missing: None}):
+        run("train_ar --systems ar", tmp_path, draw=latent.draw)
+    assert "No figure" in capsys.readouterr().out
+    assert len(records(tmp_path)) == 1
+
+
+def test_the_figure_is_a_file(folder):
+    pytest.importorskip("matplotlib")
+    latent.draw(folder, TINY)
+    assert (folder / "latents.png").exists()
+
+
+# not in the default run: -m gpu -------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_training_on_a_gpu(tmp_path):
+    """The same weights have the same loss; it falls, also in a run that was interrupted."""
+    tokens = random_tokens(64, 12)
+    for system in SYSTEMS.values():
+        here, *_ = draw(system, tokens, 3, 4, 0)
+        there, *_ = draw(system, tokens.cuda(), 3, 4, 0, small_model().cuda())
+        assert there.item() == approx(here.item(), rel=1e-4)
+    line = "train_diffusion --systems scdm --device cuda --steps 120"
+    with spy("objective", *[mock.DEFAULT] * 90, KeyboardInterrupt):
+        fails(line, tmp_path, status=130)
+    run(f"{line} --resume", tmp_path)
+    history = dict(torch.load(tmp_path / "scdm-s0.pt")["history"])
+    assert history[120] < history[50] - 0.05

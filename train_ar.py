@@ -7,10 +7,9 @@
              after them, so that decoding can cache them
     control  the same window, but only its first token is trained
 
-`python train_ar.py` does it for the generation of 6x6 Sudoku boards.
+`python train_ar.py` does it for Latin squares of which some cells are given: 4 minutes on one of
+two CPU cores; expect 21 % right answers of AR, 3 to 38 % of AR+MTP.
 """
-from functools import partial
-
 import latent
 from data import TASKS
 
@@ -25,34 +24,23 @@ def flags():
     return parser
 
 
-def jobs(task, args):
-    """The models to train: every system with every window and every seed."""
+def models(task, args, settings):
+    """Every system with every window and every seed: the recipe of a model, and how to decode."""
     answer = task.seq_len - task.prompt_len
     for seed in args.seeds:
         for system in args.systems:
-            for window in args.windows:
-                window = answer if window == "all" else window
-                if latent.SYSTEMS[system].shifted:
-                    window, latents = None, [0]
+            shifted = latent.SYSTEMS[system].shifted
+            for window in [None] if shifted else args.windows:
+                if shifted:
+                    latents = [0]
                 elif window == "random":
-                    latents = latent.sweep(args, answer - 1)
-                elif window <= answer:
-                    latents = [window - 1]
+                    latents = latent.sweep(args.latents, answer - 1)
                 else:
-                    raise latent.RunError(f"--windows: 1 to {answer}, all or random, not {window}")
-                yield {"system": system, "window": window, "seed": seed, "latents": latents}
-
-
-def experiment(task, args):
-    """Train one model, then decode with every number of latent tokens."""
-    system = latent.SYSTEMS[args.system]
-    model = latent.Transformer(task.vocab_size, task.seq_len, args.layers, args.heads, args.width,
-                               args.seed).to(args.device)
-    decode = partial(latent.decode, model, system, prompt_len=task.prompt_len,
-                     temperature=args.temperature)
-    state = latent.train(task, args, model)
-    latent.evaluate(task, args, model, state, decode)
+                    window = answer if window == "all" else min(window, answer)
+                    latents = [window - 1]
+                recipe = latent.Recipe(system, window, seed, **settings)
+                yield recipe, [{"n_latent": k} for k in latents]
 
 
 if __name__ == "__main__":
-    latent.main(flags(), TASKS, jobs, experiment)
+    latent.main(flags(), TASKS, models)

@@ -5,10 +5,10 @@
     SCDM  semi-causal: one model, any number of latent tokens; scdm-causal is its variant in which
           known tokens, too, see only those known before them, so that decoding can cache them
 
-`python train_diffusion.py` does it for the generation of 6x6 Sudoku boards.
+`python train_diffusion.py` does it for Latin squares of which some cells are given: 6 minutes on
+one of two CPU cores; expect, in random order, 43 % right answers of MDM, 11 of SIDM, 8 to 21 of
+SCDM, and 93 % or more of all in top-prob order.
 """
-from functools import partial
-
 import latent
 from data import TASKS
 
@@ -16,36 +16,35 @@ from data import TASKS
 def flags():
     """The flags of both scripts, and the order of decoding."""
     parser = latent.common_flags(__doc__, TASKS, "random", ["mdm", "sidm", "scdm"])
-    parser.add_argument("--order", default="top-prob", choices=latent.POLICIES,
-                        help="which candidate is decoded next [%(default)s]")
-    parser.add_argument("--candidates", type=latent.at_least(1),
-                        help="random masked positions to choose from [8, or half of the "
-                        "answer if that is less; 1 in uniform order]")
+    parser.add_argument("--orders", nargs="+", default=["random", "top-prob"],
+                        choices=latent.POLICIES, help="which candidate is decoded next: a random "
+                        "one, or as some policy says [random top-prob]")
+    parser.add_argument("--candidates", type=latent.at_least(1), help="random masked positions "
+                        "that a policy chooses from [8, or half of the answer if that is less]")
     return parser
 
 
-def jobs(task, args):
-    """The models to train: every system with every seed."""
+def models(task, args, settings):
+    """Every system with every seed: the recipe of a model, and how to decode."""
     answer = task.seq_len - task.prompt_len
-    default = 1 if args.order == "uniform" else max(1, min(8, answer // 2))
-    args.candidates = min(args.candidates or default, answer)
     for seed in args.seeds:
         for system in args.systems:
-            only = {"joint": [answer - 1], "independent": [0]}.get(latent.SYSTEMS[system].sees)
-            yield {"system": system, "window": None, "seed": seed,
-                   "latents": only or latent.sweep(args, answer - args.candidates)}
-
-
-def experiment(task, args):
-    """Train one model, then decode with every number of latent tokens."""
-    system = latent.SYSTEMS[args.system]
-    model = latent.Transformer(task.vocab_size, task.seq_len, args.layers, args.heads, args.width,
-                               args.seed).to(args.device)
-    decode = partial(latent.decode, model, system, prompt_len=task.prompt_len, policy=args.order,
-                     candidates=args.candidates, temperature=args.temperature)
-    state = latent.train(task, args, model)
-    latent.evaluate(task, args, model, state, decode, args.order, args.candidates)
+            decodings = []
+            for policy in args.orders:
+                candidates = min(args.candidates or min(8, max(1, answer // 2)), answer)
+                if policy == "random":
+                    candidates = 1
+                sees = latent.SYSTEMS[system].sees
+                if sees == "joint":
+                    latents = [answer - 1]
+                elif sees == "independent":
+                    latents = [0]
+                else:
+                    latents = latent.sweep(args.latents, answer - candidates)
+                decodings += [{"policy": policy, "candidates": candidates, "n_latent": k}
+                              for k in latents]
+            yield latent.Recipe(system, None, seed, **settings), decodings
 
 
 if __name__ == "__main__":
-    latent.main(flags(), TASKS, jobs, experiment)
+    latent.main(flags(), TASKS, models)
