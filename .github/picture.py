@@ -1,92 +1,85 @@
-"""Draw .github/watch.gif: one SCDM model makes a board without latent tokens, and with all of them.
+"""Draw one model that solves one puzzle twice in random order, without latent tokens and with all.
 
-Shown is the first seed, from 0 on, at which the one board is wrong and the other right. `python
-.github/picture.py` takes the weights in data/weights; another checkpoint is the first argument.
+`python .github/picture.py` takes the weights in data/weights and draws .github/watch.gif; another
+checkpoint may be of any task whose answer is a board. The puzzle is that of the first --watch SEED
+that is wrong without latent tokens and right with all. The order of cells is the same both times.
 """
+import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import latent  # noqa: E402
 from data import TASKS  # noqa: E402
-
-saved = latent.load(sys.argv[1] if len(sys.argv) > 1 else HERE.parent / "data/weights/scdm-s0.pt")
-settings = saved["settings"]
-task, system = TASKS[settings["task"]](settings["size"]), latent.SYSTEMS[settings["system"]]
-model = latent.Transformer(task.vocab_size, task.seq_len, settings["layers"], settings["heads"],
-                           settings["width"])
-model.load_state_dict(saved["model"])
-MOST, SIDE = task.seq_len - 8, task.side
+from data.sudoku import BOX  # noqa: E402
 
 
-def solve(n_latent, seed):
-    """The frames of one decoding, and whether the board is right. A frame is a list of cells:
-    place, digit, kind, and how sure the model is of the digit."""
-    frames = []
-
-    def on_step(tokens, positions, logits, c, decoded):
-        cells = [(place, token, "known", 1.0) for place, token in enumerate(tokens[0].tolist())
-                 if token < task.vocab_size and place != decoded[0, 0]]
-        for i, (place, p) in enumerate(zip(positions[0].tolist(), logits[0].softmax(-1))):
-            kind, token = "candidate" if i < c else "latent", p.argmax().item()
-            if place == decoded[0, 0]:
-                kind, token = "decoded", tokens[0, place].item()
-            cells.append((place, token, kind, p[token].item()))
-        frames.append(cells)
-
-    blank = torch.zeros(1, task.seq_len, dtype=torch.int64)
-    filled, _ = latent.decode(model, system, blank, 0, n_latent, on_step=on_step,
-                              generator=torch.Generator().manual_seed(seed))
-    return frames, bool(task.correct(filled.numpy())[0])
+def solve(n_latent):
+    """All that `decode` shows of its steps, and whether the answer is right."""
+    steps = []
+    solved = latent.decode(model, latent.SYSTEMS[recipe.system], tokens, start, n_latent, "random",
+                           candidates=1, generator=torch.Generator().manual_seed(0),
+                           on_step=lambda *step: steps.append(step))
+    return steps, task.correct(solved.tokens.numpy())[0]
 
 
-for seed in range(1000):
-    without, without_right = solve(0, seed)
-    everything, right = solve(MOST, seed)
-    if right and not without_right:
-        break
-print(f"seed {seed}: wrong without latent tokens, right with {MOST}")
-
-COLOR = {"known": "black", "candidate": "tab:orange", "latent": "tab:blue", "decoded": "white"}
-figure = Figure(figsize=(7.2, 4.1), dpi=90)
-axes = figure.subplots(1, 2)
-figure.subplots_adjust(0.02, 0.12, 0.98, 0.9, wspace=0.08)
-
-
-def draw(step):
-    for axis, frames, verdict, title in (
-            (axes[0], without, "wrong", "without latent tokens"),
-            (axes[1], everything, "right", "with all latent tokens")):
+def draw(n):
+    """Draw step n of both, or behind the last one how they end."""
+    for axis, steps, title, verdict in ((left, without, "without latent tokens", ": wrong"),
+                                        (right, with_all, "with all latent tokens", ": right")):
+        answer, positions, logits, _, place = steps[min(n, end - 1)]
+        digits = np.where(answer[0, start:] < side, answer[0, start:], puzzle)
+        guesses = dict(zip((positions[0] - start).tolist(), logits[0].softmax(-1)))
         axis.clear()
-        axis.set(xlim=(0, SIDE), ylim=(SIDE, 0), aspect="equal", xticks=[], yticks=[])
-        for i in range(SIDE + 1):
-            axis.axhline(i, color="black", lw=2 if i % 2 == 0 else 0.4)
-            axis.axvline(i, color="black", lw=2 if i % 3 == 0 else 0.4)
-        done = step >= len(frames)
-        axis.set_title(f"{title}: {verdict}" if done else title, fontsize=12)
-        cells = frames[min(step, len(frames) - 1)]
-        board = {place: digit for place, digit, _, _ in cells}
-        twice = {place for unit in task.units for place in unit if done
-                 and [board[other] for other in unit].count(board[place]) > 1}
-        for place, digit, kind, sure in cells:
-            row, column = divmod(place, SIDE)
-            if kind == "decoded" and not done:
-                axis.fill_between([column, column + 1], row, row + 1, color="tab:red")
-            color = COLOR[kind] if not done else "tab:red" if place in twice else "black"
-            axis.text(column + 0.5, row + 0.53, str(digit + 1), ha="center", va="center",
-                      fontsize=16, color=color,
-                      alpha=1 if kind in ("known", "decoded") else 0.15 + 0.85 * sure)
-    figure.texts.clear()
-    for x, text, color in ((0.13, "known", "black"), (0.32, "decoded now", "tab:red"),
-                           (0.55, "candidate", "tab:orange"), (0.78, "latent token", "tab:blue")):
-        figure.text(x, 0.04, text, color=color, fontsize=11, ha="center")
+        axis.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xticks=[], yticks=[])
+        axis.set_title(title + verdict if n >= end else title)
+        for cell, digit in enumerate(digits):
+            color, ground, sure = "black" if digit < side else "white", "white", 1
+            if n < end and cell == place - start:
+                color, ground = "white", "tab:red"
+            elif cell in guesses and digit == side:
+                color, ground = "tab:blue", "#e7f0fa"
+                sure, digit = (x.item() for x in guesses[cell].max(0))
+            elif n >= end and any(sum(digits[unit] == digit) > 1 for unit in units if cell in unit):
+                color, ground = "tab:red", "#fbdfdf"
+            row, column = divmod(cell, side)
+            axis.fill_between([column, column + 1], row, row + 1, color=ground)
+            axis.text(column + 0.5, row + 0.53, digit + 1, color=color, alpha=0.15 + 0.85 * sure,
+                      weight=700 if puzzle[cell] < side else 400, size=18, ha="center", va="center")
+        for i in range(side + 1):
+            axis.axhline(i, color="black", lw=2 if i % high == 0 else 0.4)
+            axis.axvline(i, color="black", lw=2 if i % wide == 0 else 0.4)
 
 
-steps = len(everything)            # both boards take as many
-animation = FuncAnimation(figure, draw, frames=[*range(steps), *[steps] * 6])
-animation.save(HERE / "watch.gif", PillowWriter(fps=2))
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("file", nargs="?", default=ROOT / "data/weights/latin-puzzle-5-list/scdm-s0.pt")
+parser.add_argument("--out", default=ROOT / ".github/watch.gif")
+args = parser.parse_args()
+saved = torch.load(args.file, map_location="cpu", weights_only=True)
+recipe = latent.Recipe(**saved["settings"])
+task = TASKS[recipe.task](recipe.size)
+model = latent.build(recipe, task)
+model.load_state_dict(saved["model"])
+board = getattr(task, "board", task)
+start, side, units = task.prompt_len, board.side, board.units
+high, wide = BOX[side] if board.name == "sudoku" else (side, side)
+seed, good, better = -1, True, True
+while good or not better:
+    seed += 1
+    tokens = torch.from_numpy(task.batch(1, np.random.default_rng((seed, 2**32)), "test"))
+    puzzle = task._grid(tokens.numpy())[0] if start else np.full(side**2, side)     # side: empty
+    (without, good), (with_all, better) = solve(0), solve(task.seq_len)         # is it right?
+print(f"seed {seed}: wrong without latent tokens, right with all")
+
+end = len(without)
+figure = Figure(figsize=(6.6, 3.9), dpi=90)
+left, right = figure.subplots(1, 2)
+figure.subplots_adjust(0.02, 0.13, 0.98, 0.91, wspace=0.06)
+figure.supxlabel("bold: given     red: decoded now     blue: latent token, dark if sure")
+FuncAnimation(figure, draw, end + 6).save(args.out, PillowWriter(fps=2))

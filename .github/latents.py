@@ -1,0 +1,175 @@
+"""Which masked tokens are worth something as latent tokens? Train SCDM, and measure the nats of its
+answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
+
+    python .github/latents.py --task sudoku           those of its row, column or box; or others
+    python .github/latents.py --paddings constant     unknown cells; or paddings (or random)
+    python .github/latents.py --latents predicted     marked latent tokens (or unpredicted)
+
+Paddings stand behind the answer, as many as it has tokens, masked and trained like it: always the
+same token, or one of as many as there are digits, at random. Marked latent tokens have an input of
+their own instead of the mask: in training a random number of masked tokens are latent, in a chain,
+the others see all of these, and the loss counts latent ones, too, or (unpredicted) does not.
+
+For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind;
+known paddings are as many in proportion. Nats are summed over m. Puzzles and orders are the same
+for all kinds and k, so that differences are known better than the nats. Where fewer than k tokens
+of a kind are left, all of them are latent. --resume goes on.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import latent  # noqa: E402
+from data import TASKS  # noqa: E402
+
+
+class Padded:
+    """A task whose answer is followed by `paddings` tokens, drawn from `kinds` ones. Behind the
+    tokens there is one more, the input of latent tokens that are marked."""
+
+    def __init__(self, task, paddings, kinds):
+        self.task, self.paddings, self.kinds = task, paddings, kinds
+        self.prompt_len = task.prompt_len
+        self.seq_len = task.seq_len + paddings
+        self.vocab_size = task.vocab_size + kinds + 1
+        self.marked = self.vocab_size - 1
+
+    def batch(self, n, rng, split):
+        tokens = self.task.batch(n, rng, split)
+        paddings = self.task.vocab_size + rng.integers(max(1, self.kinds), size=(n, self.paddings))
+        return np.concatenate([tokens, paddings], axis=1)
+
+
+def marked_objective(task, predicted, usual=latent.objective):
+    """The objective of --latents. The tokens that are decoded share the turn behind latent ones."""
+    def objective(system, tokens, prompt_len, mask, window, rng):
+        B, T = tokens.shape
+        _, turn, _, _ = usual(system, tokens, prompt_len, mask, window, rng)
+        spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
+        cut = prompt_len + spread.astype(np.int64)
+        first = torch.from_numpy(cut + (rng.random((B, 1)) * (T - cut)).astype(np.int64))
+        cut = torch.from_numpy(cut)
+        is_latent = (turn >= cut) & (turn < first)
+        inputs = torch.where(turn < cut, tokens, mask)
+        inputs = torch.where(is_latent, task.marked, inputs)
+        turn = torch.where(turn >= first, first, turn)
+        masked = turn >= cut
+        weight = masked if predicted else masked & ~is_latent
+        return inputs, turn, masked, weight / weight.sum()
+    return objective
+
+
+def neighbours(task, T):
+    """(T, T) bool: do two places share a unit?"""
+    board = getattr(task, "board", task)
+    share = np.zeros((T, T), dtype=bool)
+    for unit in board.units + task.prompt_len:
+        share[np.ix_(unit, unit)] = True
+    return torch.from_numpy(share)
+
+
+@torch.no_grad()
+def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
+    """Nats of the answers, (B,), for each kind and number of latent tokens. `kinds`: name -> (T, T)
+    bool, may this decoded place (first) have that latent one (last)?"""
+    B, T = tokens.shape
+    p, paddings = task.prompt_len, getattr(task, "paddings", 0)
+    cells = T - p - paddings
+    rng = np.random.default_rng(seed)
+    nats = {(kind, k): torch.zeros(B) for kind in kinds for k in numbers}
+    for m in range(1, cells + 1):
+        order = p + torch.from_numpy(rng.random((B, cells)).argsort(1))
+        padding = p + cells + torch.from_numpy(rng.random((B, paddings)).argsort(1))
+        known_paddings = paddings * (cells - m) // cells
+        prompt = torch.arange(p).expand(B, p)
+        known = torch.cat([prompt, order[:, :cells - m], padding[:, :known_paddings]], dim=1)
+        decoded = order[:, cells - m:cells - m + 1]                                     # (B, 1)
+        others = torch.cat([order[:, cells - m + 1:], padding[:, known_paddings:]], dim=1)
+        others = others.gather(1, torch.from_numpy(rng.random(others.shape).argsort(1)))
+        n = known.shape[1]
+        for kind, allowed in kinds.items():
+            ok, first = allowed[decoded, others].sort(dim=1, descending=True, stable=True)
+            for k in numbers:
+                positions = torch.cat([known, others.gather(1, first)[:, :k], decoded], dim=1)
+                turn = torch.arange(positions.shape[1]).repeat(B, 1)
+                turn[:, n:-1][~ok[:, :k]] = -1                  # fewer than k are of this kind
+                masked = torch.arange(positions.shape[1]).expand(B, -1) >= n
+                inputs = torch.where(masked, model.mask, tokens.gather(1, positions))
+                if marked is not None:
+                    inputs[:, n:-1] = marked
+                logits = model(inputs, positions, latent.visibility(system, turn, masked))[:, -1]
+                target = tokens.gather(1, decoded)[:, 0]
+                nats[kind, k] += F.cross_entropy(logits, target, reduction="none")
+    return nats
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="latin-puzzle", choices=["latin-puzzle", "latin", "sudoku"])
+    parser.add_argument("--size")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--paddings", choices=["constant", "random"])
+    one.add_argument("--latents", choices=["predicted", "unpredicted"])
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("out/latents"))
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+    size = args.size or TASKS[args.task].default_size
+    task = TASKS[args.task](size)
+    side = getattr(task, "side", 0)
+    variant = args.paddings or args.latents
+    if variant:
+        cells = (task.seq_len - task.prompt_len) * (args.paddings is not None)
+        kinds = {None: 0, "constant": 1, "random": side}[args.paddings]
+        task = Padded(task, cells, kinds)
+    if args.latents:
+        latent.objective = marked_objective(task, args.latents == "predicted")
+    name = f"{args.task}-{variant}" if variant else args.task
+    recipe = latent.Recipe("scdm", None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}-{recipe.name}.pt"
+    model = latent.build(recipe, task)
+    steps = args.steps or TASKS[args.task].steps
+    state = latent.train(task, recipe, model, path, steps, args.resume)
+
+    T, p = task.seq_len, task.prompt_len
+    tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
+    everything = torch.ones(T, T, dtype=torch.bool)
+    if args.paddings:
+        is_padding = torch.arange(T) >= T - task.paddings
+        kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding}
+    elif args.latents:
+        kinds = {"any": everything}
+    else:
+        near = neighbours(task, T)
+        kinds = {"any": everything, "neighbours": near, "others": ~near}
+    numbers = [0, 1, 2, 4, 8, 16, T - p]
+    nats = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
+                   task.marked if args.latents else None)
+    for kind in kinds:
+        none = nats[kind, 0]
+        for k in numbers:
+            found = nats[kind, k]
+            record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
+                      "nats": found.mean().item(), "samples": args.samples, "step": state["step"],
+                      "less": (none - found).mean().item(),
+                      "less_error": ((none - found).std() / args.samples**0.5).item(),
+                      "minutes": state["minutes"]}
+            with path.with_suffix(".jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))
+
+
+if __name__ == "__main__":
+    main()
