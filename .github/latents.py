@@ -112,7 +112,8 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="latin-puzzle", choices=["latin-puzzle", "latin", "sudoku"])
+    parser.add_argument("--task", default="latin-puzzle",
+                        choices=["latin-puzzle", "latin", "sudoku"])
     parser.add_argument("--size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
@@ -127,11 +128,10 @@ def main():
 
     size = args.size or TASKS[args.task].default_size
     task = TASKS[args.task](size)
-    side = getattr(task, "side", 0)
     variant = args.paddings or args.latents
     if variant:
         cells = (task.seq_len - task.prompt_len) * (args.paddings is not None)
-        kinds = {None: 0, "constant": 1, "random": side}[args.paddings]
+        kinds = {None: 0, "constant": 1, "random": task.side}[args.paddings]
         task = Padded(task, cells, kinds)
     if args.latents:
         latent.objective = marked_objective(task, args.latents == "predicted")

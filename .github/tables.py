@@ -5,8 +5,8 @@
     python .github/tables.py --collect FOLDER VARIANT COMMIT    add a folder's measurements first
 
 A marker, <!-- table dial task=sudoku -->, names a function below and what its records must have
-(variant "": the scripts as they are). Of measurements made in the same way the last counts. ± is the standard error over seeds, which all
-solve the same test puzzles, or of one seed the binomial one.
+(variant "": the scripts as they are). Of measurements made in the same way the last counts. ± is the
+standard error over seeds, which all solve the same test puzzles, or of one seed the binomial one.
 """
 import argparse
 import json
@@ -112,7 +112,8 @@ def claims(records):
                              if r.get("policy", order) == order and type(r["window"]) is not int]
                     k = end(r["n_latent"] for r in found)
                     ends.append(np.mean([100 * r["accuracy"] for r in found if r["n_latent"] == k]))
-                row.append("" if two == "mtp" and order == "top-prob" else "{:.0f} → {:.0f}".format(*ends))
+                same = two == "mtp" and order == "top-prob"         # from the left there is one order
+                row.append("" if same else "{:.0f} → {:.0f}".format(*ends))
         rows.append(row)
     head = [f"{name}{order}" for name in TASKS for order in ("", ", top-prob")]
     return table(["", "", *head], rows)
@@ -127,9 +128,8 @@ def kinds(records):
         row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
         for k in numbers:
             found = at.get(k, [])
-            text = with_error([-r["less"] for r in found]) if found[1:] else "".join(
-                f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found)
-            row.append(text)
+            row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
+                f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
         rows.append([*row, len(at[0])])
     return table(["task and model", "latent tokens", "nats with none", *numbers, "seeds"], rows)
 
