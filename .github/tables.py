@@ -112,7 +112,7 @@ def claims(records):
                              if r.get("policy", order) == order and type(r["window"]) is not int]
                     k = end(r["n_latent"] for r in found)
                     ends.append(np.mean([100 * r["accuracy"] for r in found if r["n_latent"] == k]))
-                same = two == "mtp" and order == "top-prob"         # from the left there is one order
+                same = two == "mtp" and order == "top-prob"      # from the left there is one order
                 row.append("" if same else "{:.0f} → {:.0f}".format(*ends))
         rows.append(row)
     head = [f"{name}{order}" for name in TASKS for order in ("", ", top-prob")]
