@@ -5,8 +5,8 @@
     python .github/tables.py --collect FOLDER VARIANT COMMIT    add a folder's measurements first
 
 A marker, <!-- table dial task=sudoku -->, names a function below and what its records must have
-(variant "": the scripts as they are). Of measurements made in the same way the last counts. ± is the
-standard error over seeds, which all solve the same test puzzles, or of one seed the binomial one.
+(variant "": the scripts as they are). Of measurements made in the same way the last counts. ± is
+the standard error over seeds, which all solve the same test puzzles, of one seed the binomial one.
 """
 import argparse
 import json
@@ -112,7 +112,7 @@ def claims(records):
                              if r.get("policy", order) == order and type(r["window"]) is not int]
                     k = end(r["n_latent"] for r in found)
                     ends.append(np.mean([100 * r["accuracy"] for r in found if r["n_latent"] == k]))
-                same = two == "mtp" and order == "top-prob"      # from the left there is one order
+                same = two == "mtp" and order == "top-prob"      # from the left: one order
                 row.append("" if same else "{:.0f} → {:.0f}".format(*ends))
         rows.append(row)
     head = [f"{name}{order}" for name in TASKS for order in ("", ", top-prob")]
