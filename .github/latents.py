@@ -3,12 +3,14 @@ answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.
 
     python .github/latents.py --task sudoku           those of its row, column or box; or others
     python .github/latents.py --paddings constant     unknown cells; or paddings (or random)
-    python .github/latents.py --latents predicted     marked latent tokens (or unpredicted)
+    python .github/latents.py --latents predicted     marked ones (half, unpredicted, registers)
 
 Paddings stand behind the answer, as many as it has tokens, masked and trained like it: always the
 same token, or one of as many as there are digits, at random. Marked latent tokens have an input of
 their own instead of the mask: in training a random number of masked tokens are latent, in a chain,
-the others see all of these, and the loss counts latent ones, too, or (unpredicted) does not.
+the others see all of these and nothing else that is masked. Predicted: the loss counts latent ones,
+too; unpredicted: it does not; half: it counts a random part of both, as many as unpredicted.
+Registers: latent tokens stand for no cell, but behind the answer, and are never predicted.
 
 For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind;
 known paddings are as many in proportion. Nats are summed over m. Puzzles and orders are the same
@@ -46,21 +48,30 @@ class Padded:
         return np.concatenate([tokens, paddings], axis=1)
 
 
-def marked_objective(task, predicted, usual=latent.objective):
+def marked_objective(task, kind, usual=latent.objective):
     """The objective of --latents. The tokens that are decoded share the turn behind latent ones."""
     def objective(system, tokens, prompt_len, mask, window, rng):
         B, T = tokens.shape
-        _, turn, _, _ = usual(system, tokens, prompt_len, mask, window, rng)
+        T -= task.paddings
+        _, turn, _, _ = usual(system, tokens[:, :T], prompt_len, mask, window, rng)     # all >= 0
         spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
-        cut = prompt_len + spread.astype(np.int64)
-        first = torch.from_numpy(cut + (rng.random((B, 1)) * (T - cut)).astype(np.int64))
-        cut = torch.from_numpy(cut)
+        cut = torch.from_numpy(prompt_len + spread.astype(np.int64))
+        most = torch.full_like(cut, task.paddings + 1) if kind == "registers" else T - cut
+        n_latent = (torch.from_numpy(rng.random((B, 1))) * most).long()
+        first = cut + n_latent                                                 # decoded ones' turn
+        if kind == "registers":
+            chain = torch.arange(task.paddings).expand(B, -1)
+            chain = torch.where(chain < n_latent, cut + chain, -1)
+            turn = torch.cat([torch.where(turn < cut, turn, first), chain], dim=1)
         is_latent = (turn >= cut) & (turn < first)
         inputs = torch.where(turn < cut, tokens, mask)
         inputs = torch.where(is_latent, task.marked, inputs)
         turn = torch.where(turn >= first, first, turn)
         masked = turn >= cut
-        weight = masked if predicted else masked & ~is_latent
+        weight = masked if kind == "predicted" else masked & ~is_latent
+        if kind == "half":
+            share = (masked & ~is_latent).sum() / masked.sum()
+            weight = masked & (torch.from_numpy(rng.random(turn.shape)) < share)
         return inputs, turn, masked, weight / weight.sum()
     return objective
 
@@ -86,7 +97,7 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
     for m in range(1, cells + 1):
         order = p + torch.from_numpy(rng.random((B, cells)).argsort(1))
         padding = p + cells + torch.from_numpy(rng.random((B, paddings)).argsort(1))
-        known_paddings = paddings * (cells - m) // cells
+        known_paddings = paddings * (cells - m) // cells if marked is None else 0
         prompt = torch.arange(p).expand(B, p)
         known = torch.cat([prompt, order[:, :cells - m], padding[:, :known_paddings]], dim=1)
         decoded = order[:, cells - m:cells - m + 1]                                     # (B, 1)
@@ -113,13 +124,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="latin-puzzle",
-                        choices=["latin-puzzle", "latin", "sudoku"])
+                        choices=["latin-puzzle", "latin", "sudoku", "zebra", "countdown"])
+    parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
     parser.add_argument("--size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--paddings", choices=["constant", "random"])
-    one.add_argument("--latents", choices=["predicted", "unpredicted"])
+    one.add_argument("--latents", choices=["predicted", "unpredicted", "half", "registers"])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("out/latents"))
     parser.add_argument("--resume", action="store_true")
@@ -130,13 +142,13 @@ def main():
     task = TASKS[args.task](size)
     variant = args.paddings or args.latents
     if variant:
-        cells = (task.seq_len - task.prompt_len) * (args.paddings is not None)
-        kinds = {None: 0, "constant": 1, "random": task.side}[args.paddings]
-        task = Padded(task, cells, kinds)
+        behind = args.paddings or args.latents == "registers"
+        kinds = {None: 0, "constant": 1}.get(args.paddings, getattr(task, "side", 0))
+        task = Padded(task, (task.seq_len - task.prompt_len) * bool(behind), kinds)
     if args.latents:
-        latent.objective = marked_objective(task, args.latents == "predicted")
+        latent.objective = marked_objective(task, args.latents)
     name = f"{args.task}-{variant}" if variant else args.task
-    recipe = latent.Recipe("scdm", None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
+    recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}-{recipe.name}.pt"
     model = latent.build(recipe, task)
@@ -148,14 +160,17 @@ def main():
     everything = torch.ones(T, T, dtype=torch.bool)
     if args.paddings:
         is_padding = torch.arange(T) >= T - task.paddings
-        kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding}
+        kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding,
+                 "both": everything}
+    elif args.latents == "registers":
+        kinds = {"any": everything & (torch.arange(T) >= T - task.paddings)}
     elif args.latents:
         kinds = {"any": everything}
     else:
         near = neighbours(task, T)
         kinds = {"any": everything, "neighbours": near, "others": ~near}
     numbers = [0, 1, 2, 4, 8, 16, T - p]
-    nats = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
+    nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
                    task.marked if args.latents else None)
     for kind in kinds:
         none = nats[kind, 0]
