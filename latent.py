@@ -11,11 +11,8 @@ What follows trains (5), evaluates (6), and holds flags, main function and figur
 `python latent.py` prints who sees whom. train_diffusion.py and train_ar.py run experiments.
 """
 import argparse
-import io
 import json
-import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -322,8 +319,8 @@ class Recipe(NamedTuple):
 
     @property
     def name(self):
-        parts = self.system, self.window, f"s{self.seed}"
-        return "-".join(str(part) for part in parts if part is not None)
+        window = "" if self.window is None else f"-{self.window}"
+        return f"{self.system}{window}-s{self.seed}"
 
 
 def build(recipe, task):
@@ -375,26 +372,21 @@ def optimizers(model, lr):
 
 def train(task, recipe, model, path, steps, resume):
     """Train a model and keep its checkpoint, `path`, up to date; with `resume` go on from it.
-    Returns what it holds: step, minutes, history ([step, loss] every 50 steps), and the weights."""
+    Returns what it holds: step, minutes, and the weights."""
     system = SYSTEMS[recipe.system]
     device = model.output.weight.device
     opts = optimizers(model, recipe.lr)
     if not path.exists():
         # What can not be written, or not be read again, shows before it costs any training.
-        save(path, recipe, model, opts, {"step": 0, "minutes": 0.0, "history": []})
+        save(path, recipe, model, opts, {"step": 0, "minutes": 0.0})
     elif not resume:
         raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
     state = load(path, recipe, model)
-    if state["step"] >= steps:
-        return state
-    if "optimizers" not in state:
-        raise RunError(f"{path} holds weights alone, which can not be trained on")
     for opt, opt_state in zip(opts, state["optimizers"]):
         opt.load_state_dict(opt_state)
 
-    bar = trange(state["step"], steps, desc=recipe.name, initial=state["step"], total=steps,
-                 disable=None if sys.stderr else True)          # shown in a terminal, not in a log
-    saved = time.monotonic()
+    before, start = state["minutes"], time.monotonic()
+    bar = trange(state["step"], steps, desc=recipe.name, disable=None)      # not shown in a log
     for step in bar:
         # Seed and step alone say what is drawn: a resumed run goes on exactly.
         rng = np.random.default_rng((recipe.seed, step))
@@ -413,22 +405,13 @@ def train(task, recipe, model, path, steps, resume):
             opt.zero_grad()
 
         done = step + 1
-        if done % 50 == 0 or done == steps:
+        if done % 250 == 0 or done == steps:
             if not (loss + norm).isfinite():
                 raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {done}")
             bar.set_postfix_str(f"loss {loss.item():.3f}")
-            state["history"].append([done, loss.item()])
-            now = time.monotonic()
-            if done == steps or now > saved + 60:
-                state["step"] = done
-                state["minutes"] += (now - saved) / 60
-                saved = now
-                try:
-                    save(path, recipe, model, opts, state)
-                except OSError as error:
-                    if done == steps:
-                        raise
-                    print(f"{error}; the next checkpoint may succeed")
+            state["step"] = done
+            state["minutes"] = before + (time.monotonic() - start) / 60
+            save(path, recipe, model, opts, state)
     return state
 
 
@@ -436,10 +419,9 @@ def save(path, recipe, model, opts, state):
     """Write a checkpoint, whole or not at all."""
     state = {**state, "settings": recipe._asdict(), "model": model.state_dict(),
              "optimizers": [opt.state_dict() for opt in opts]}
-    content = io.BytesIO()              # torch itself hides why a file can not be written
-    torch.save(state, content)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content.getvalue())
+    with temporary.open("wb") as file:          # torch itself hides why it can not be written
+        torch.save(state, file)
     temporary.replace(path)
 
 
@@ -449,8 +431,6 @@ def load(path, recipe, model):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = Recipe(**state["settings"])
-    except OSError:
-        raise
     except Exception as error:
         raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
     if found != recipe:
@@ -460,19 +440,16 @@ def load(path, recipe, model):
 
 
 # 6. evaluation --------------------------------------------------------------------------------
-def evaluate(task, recipe, model, decoding, samples):
-    """Decode test puzzles, the same ones for all models and seeds. `decoding` is what `decode` is
-    told. Returns a dict of measurements:
+def evaluate(task, recipe, model, tokens, decoding):
+    """Decode test puzzles, tokens (B, T). `decoding` is what `decode` is told. Returns a dict of
+    measurements:
 
         latents         most latent tokens that a decoded token had
         accuracy        the share of right answers
         nats            the negative log-likelihood of an answer, in the order of decoding
         forward_tokens  the cost: how many tokens went through the model for a puzzle
     """
-    device = model.output.weight.device
-    rng = np.random.default_rng((0, 2**32))                     # no (seed, step) of training
-    tokens = torch.from_numpy(task.batch(samples, rng, "test")).to(device)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
+    generator = torch.Generator(tokens.device).manual_seed(recipe.seed)
     solve = partial(decode, model, SYSTEMS[recipe.system], tokens, task.prompt_len,
                     generator=generator, **decoding)
 
@@ -483,21 +460,20 @@ def evaluate(task, recipe, model, decoding, samples):
             "forward_tokens": solved.forward_tokens}
 
 
-def experiment(task, recipe, decodings, folder, args):
+def experiment(task, recipe, decodings, path, args):
     """Train one model and evaluate it in every way of decoding: each is a line of NAME.jsonl, with
-    all that says how it was made. Or watch it, if it is trained already."""
+    all that says how it was made."""
     model = build(recipe, task).to(args.device)
-    path = folder / f"{recipe.name}.pt"
-    if args.watch is not None:
-        load(path, recipe, model)
-        return watch(task, recipe, model, decodings, args.watch)
-
-    folder.mkdir(parents=True, exist_ok=True)
     state = train(task, recipe, model, path, args.steps, args.resume)
+
+    # The same puzzles for all models and seeds, drawn with no (seed, step) of training.
+    puzzles = task.batch(args.samples, np.random.default_rng((0, 2**32)), "test")
+    tokens = torch.from_numpy(puzzles).to(args.device)
     for decoding in decodings:
-        found = evaluate(task, recipe, model, decoding, args.samples)
+        found = evaluate(task, recipe, model, tokens, decoding)
         record = {"model": recipe._asdict(), "decoding": decoding, **found, "samples": args.samples,
                   "step": state["step"], "minutes": state["minutes"], "device": args.device,
+                  "threads": torch.get_num_threads(), "torch": torch.__version__,
                   "floor_nats": task.floor_nats}
 
         # Lines are only added: no measurement is lost, and the last of a kind counts.
@@ -508,9 +484,11 @@ def experiment(task, recipe, decodings, folder, args):
               f"{found['forward_tokens']:>5} forward tokens", flush=True)
 
 
-def watch(task, recipe, model, decodings, puzzle):
-    """Show every pass of a model that solves one puzzle, a given one or that of a seed, in every
-    way of decoding."""
+def watch(task, recipe, decodings, path, puzzle):
+    """Show every pass of a trained model that solves one puzzle, a given one or that of a seed, in
+    every way of decoding."""
+    model = build(recipe, task)
+    load(path, recipe, model)
     try:
         if len(puzzle) < 10:
             tokens = task.batch(1, np.random.default_rng((int(puzzle), 2**32)), "test")
@@ -518,26 +496,23 @@ def watch(task, recipe, model, decodings, puzzle):
             tokens = task.read(puzzle)
     except (AttributeError, ValueError) as error:
         raise RunError(f"--watch: {puzzle} is no puzzle of {task.name}: {error}") from None
-    tokens = torch.from_numpy(tokens).to(model.output.weight.device)
 
     def show(tokens, positions, logits, c, place):
         guesses = tokens.scatter(1, positions, logits.argmax(-1))
         shown = torch.where(tokens == model.mask, guesses, tokens)
 
-        form = ["{}  "] * task.seq_len              # how the token at each place is written
-        for i, masked in enumerate(positions[0]):
-            form[masked] = "{}? " if i < c else "{}~ "
-        form[place] = "{}! "
-        print(task.show(shown[0].tolist(), lambda i, text: form[i].format(text)))
-        print()
+        k = positions.shape[1] - c
+        marks = dict(zip(positions[0].tolist(), "?" * c + "~" * k))
+        marks[place.item()] = "!"
+        print(task.show(shown[0].tolist(), lambda i, text: f"{text}{marks.get(i, ' ')} "), "\n")
 
     print("x! is decoded, x? a candidate, x~ a latent token, . not in this pass\n")
     for decoding in decodings:
         print(f"{recipe.name}, {decoding}\n")
         torch.manual_seed(0)                        # so that it can be seen again
-        solved = decode(model, SYSTEMS[recipe.system], tokens, task.prompt_len, on_step=show,
-                        **decoding)
-        print("right\n" if task.correct(solved.tokens.cpu().numpy()) else "wrong\n")
+        solved = decode(model, SYSTEMS[recipe.system], torch.from_numpy(tokens), task.prompt_len,
+                        on_step=show, **decoding)
+        print("right\n" if task.correct(solved.tokens.numpy()) else "wrong\n")
 
 
 # 7. around it, shared by both scripts ----------------------------------------------------------
@@ -546,9 +521,10 @@ def at_least(least, kind=int, words=()):
     def number(text):
         if text in words:
             return text
-        if not least <= kind(text) < 1e9:
+        value = kind(text)
+        if not least <= value < 1e9:
             raise ValueError
-        return kind(text)
+        return value
     return number
 
 
@@ -560,7 +536,7 @@ def common_flags(description, tasks, order, default_systems):
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
     sizes = "; ".join(f"{t.name} {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    flag("--task", default=next(iter(tasks)), choices=tasks, help="the puzzle [%(default)s]")
+    flag("--task", default="latin-puzzle", choices=tasks, help="the puzzle [%(default)s]")
     flag("--size", help=f"its size: {sizes}")
     flag("--systems", nargs="+", default=default_systems, choices=systems,
          help=f"what to train [{' '.join(default_systems)}]")
@@ -615,27 +591,25 @@ def main(parser, tasks, models):
     task = task(args.size)
     folder = Path(args.out or f"out/{args.task}-{args.size}")
 
-    settings = {name: value for name, value in vars(args).items() if name in Recipe._fields}
-    failures = []
-    for recipe, decodings in models(task, args, settings):
-        try:
-            experiment(task, recipe, decodings, folder, args)
-        except KeyboardInterrupt:
-            parser.exit(130, "\nInterrupted; the same command with --resume goes on.\n")
-        except Exception as error:                          # the other models go on
-            failures.append(f"{recipe.name}: {error}")
-            if not isinstance(error, (RunError, OSError)) and "allocate" not in str(error):
-                traceback.print_exc()
+    settings = {name: getattr(args, name) for name in Recipe._fields[3:]}
+    try:
+        for recipe, decodings in models(task, args, settings):
+            path = folder / f"{recipe.name}.pt"
+            if args.watch is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                experiment(task, recipe, decodings, path, args)
+            else:
+                watch(task, recipe, decodings, path, args.watch)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted; the same command with --resume goes on.\n")
+    except (RunError, OSError) as error:
+        parser.error(f"{recipe.name}: {error}")
     if args.watch is None:
-        if args.steps < task.steps:
-            print(f"Compare systems after {task.steps} steps; {args.steps} are too few.")
         # A foreign file in the folder, or no matplotlib, costs only the figure.
         try:
             draw(folder, recipe)
         except Exception as error:
             print(f"No figure: {error}")
-    if failures:
-        parser.error("\n".join(failures))
 
 
 PANELS = [("random", "accuracy"), ("top-prob", "accuracy"), ("random", "nats")]
@@ -646,15 +620,13 @@ def draw(folder, recipe):
     the settings of this one."""
     from matplotlib.figure import Figure                    # nothing else needs it
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel in panels[:2]:
-        panel.set_ylim(0, 1.02)
-    for path in sorted(folder.glob("*.jsonl")):
-        records = [json.loads(line) for line in path.open()]
-        model = Recipe(**records[0]["model"])
-        if model[3:] != recipe[3:]:
-            continue
-        for panel, (order, y) in zip(panels, PANELS):
+    for panel, (order, y) in zip(figure.subplots(1, 3), PANELS):
+        for path in sorted(folder.glob("*.jsonl")):
+            records = [json.loads(line) for line in path.open()]
+            model = Recipe(**records[0]["model"])
+            if model[3:] != recipe[3:]:
+                continue
+
             # From the left there is but one order, which every panel shows.
             points = {r["latents"]: r[y] for r in records if r["step"] == records[-1]["step"]
                       and r["decoding"].get("policy", order) == order}
@@ -662,21 +634,22 @@ def draw(folder, recipe):
             color = f"C{list(SYSTEMS).index(model.system)}"         # each system has its own
             panel.plot(x, [points[k] for k in x], "o-", color=color, label=path.stem)
 
-            panel.set_xscale("symlog", base=2)
-            panel.set(xlabel="latent tokens", ylabel=y,
-                      title=f"{recipe.task} {recipe.size}, {order} order")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        if y == "accuracy":
+            panel.set_ylim(0, 1.02)
+        panel.set_xscale("symlog", base=2)
+        panel.set(xlabel="latent tokens", ylabel=y,
+                  title=f"{recipe.task} {recipe.size}, {order} order")
+    panel.legend(frameon=False)
     figure.savefig(folder / "latents.png", dpi=150)
     print(f"The figure is {folder / 'latents.png'}")
 
 
 if __name__ == "__main__":
-    text = "Who sees whom? Rows are queries, columns keys, both by their turn, [masked] or known."
+    print("Who sees whom? Rows are queries, columns keys, both by their turn, [masked] or known.")
     turn = torch.arange(6)[None]
-    for title, system in SYSTEMS.items():
+    for name, system in SYSTEMS.items():
         masked = (turn >= 2) & (not system.shifted)
-        names = [f"[{i}]" if masked[0, i] else f" {i} " for i in range(6)]
-        text += f"\n\n{title:<14}{''.join(names)}"
-        for name, row in zip(names, visibility(system, turn, masked)[0]):
-            text += f"\n{name:>14}" + "".join(" x " if seen else " . " for seen in row)
-    print(text)
+        titles = [f"[{i}]" if masked[0, i] else f" {i} " for i in range(6)]
+        print(f"\n{name:<14}", *titles, sep="")
+        for title, row in zip(titles, visibility(system, turn, masked)[0]):
+            print(f"{title:>14}", *(" x " if seen else " . " for seen in row), sep="")
