@@ -405,7 +405,7 @@ def train(task, recipe, model, path, steps, resume):
             opt.zero_grad()
 
         done = step + 1
-        if done % 250 == 0 or done == steps:
+        if done % 100 == 0 or done == steps:
             if not (loss + norm).isfinite():
                 raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {done}")
             bar.set_postfix_str(f"loss {loss.item():.3f}")

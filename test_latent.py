@@ -908,13 +908,13 @@ def contents(folder):
 
 
 def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):
-    line = "train_diffusion --systems scdm --steps 300"
+    line = "train_diffusion --systems scdm --steps 150"
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    with spy("objective", *[mock.DEFAULT] * 270, KeyboardInterrupt):
+    with spy("objective", *[mock.DEFAULT] * 120, KeyboardInterrupt):
         fails(line, cut, status=130)
     assert "--resume" in capsys.readouterr().err
     before = torch.load(cut / "scdm-s0.pt")
-    assert before["step"] == 250
+    assert before["step"] == 100
     states = []
     for folder in (cut, whole):
         run(f"{line} --resume", folder)

@@ -1,13 +1,12 @@
 """When do models lose a 6x6 Sudoku board? With the token that leaves no valid board to complete it
-to, even if no rule is broken yet. `python .github/deadends.py FILE.pt ...` prints this for 0 to 4
-latent tokens and for all; some systems have but one number. Random orders are top-prob. From the
-left it also prints how many boards the 26th token, the `?` of README, loses, by what decides it.
-The same numbers are appended to --out as lines of JSON, some of which .github/chain.py draws.
+to, even if no rule is broken yet. `python .github/deadends.py FILE.pt ...` says how many boards the
+26th token, the `?` of README, loses from the left, by what decides it, for 0 to 4 latent tokens and
+for all; some systems have but one number. It adds this to --out, which .github/figures.py draws.
 """
 import argparse
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -17,17 +16,17 @@ import latent  # noqa: E402
 from data.sudoku import Sudoku, fill  # noqa: E402
 
 
-def tokens_before_lost(board, order, valid):
-    """How many tokens of a board, in the order of decoding, some valid board agrees with. valid:
-    all valid boards, but for the names of the digits, so that only which are equal counts."""
+def tokens_before_lost(board, valid):
+    """How many tokens of a board, from the left, some valid board agrees with. valid: all valid
+    boards, but for the names of the digits, so that only which are equal counts."""
     first = {}                                          # where each digit was decoded first
-    for n, place in enumerate(order):
+    for place, digit in enumerate(board):
         same = valid[:, [*first.values()]] == valid[:, [place]]
-        valid = valid[(same == [digit == board[place] for digit in first]).all(1)]
+        valid = valid[(same == [digit == other for other in first]).all(1)]
         if len(valid) == 0:
-            return n
-        first.setdefault(board[place], place)
-    return len(order)
+            return place
+        first.setdefault(digit, place)
+    return len(board)
 
 
 def decided_by(board):
@@ -58,28 +57,23 @@ for path in args.files:
     model = latent.build(recipe, Sudoku("6"))
     model.load_state_dict(saved["model"])
     system = latent.SYSTEMS[recipe.system]
-    numbers = {"joint": [35], "independent": [0], "semicausal": SWEEP}[system.sees]
-    if system.order == "left":
-        numbers = SWEEP if recipe.window == "random" else [(recipe.window or 1) - 1]
+    if system.order != "left":
+        sys.exit(f"{path} does not decode from the left")
+    numbers = SWEEP if recipe.window == "random" else [(recipe.window or 1) - 1]
     for k in numbers:
-        places, lost_with, chains = [], Counter(), defaultdict(list)
         solved = latent.decode(model, system, torch.zeros(args.samples, 36, dtype=int), 0, k,
-                               generator=torch.Generator().manual_seed(recipe.seed),
-                               on_step=lambda *step: places.append(step[-1]))
-        for board, order in zip(solved.tokens.tolist(), torch.cat(places, dim=1).tolist()):
-            token = 1 + tokens_before_lost(board, order, valid)           # 37: no token loses it
-            lost_with[token] += 1
-            if system.order == "left" and token >= 26:
+                               generator=torch.Generator().manual_seed(recipe.seed))
+        chains = defaultdict(list)
+        for board in solved.tokens.tolist():
+            token = 1 + tokens_before_lost(board, valid)                  # 37: no token loses it
+            if token >= 26:
                 chains[decided_by(board)].append(token == 26)
 
-        share = lost_with.pop(37, 0) / args.samples
-        records = [{"valid": share, "lost_with": lost_with, "samples": args.samples}]
-        print(f"{recipe.name}, {solved.latents} latent tokens, {share:.1%} valid; lost with token:",
-              *(f"{token}: {n / args.samples:.1%}," for token, n in sorted(lost_with.items())))
+        print(f"{recipe.name}, {solved.latents} latent tokens:")
         for chain, lost in sorted(chains.items()):
             lost, of = sum(lost), len(lost)
-            print(f"    26, decided by {chain}: {lost} of {of} ({lost / of:.1%})")
-            records.append({"chain": chain, "lost": lost, "of": of, "samples": args.samples})
-        same = {"experiment": "deadends", "model": recipe._asdict(), "k": solved.latents}
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(same | record) + "\n" for record in records)
+            print(f"    26, decided by {chain}: {lost} of {of} lost ({lost / of:.1%})")
+            record = {"experiment": "deadends", "model": recipe._asdict(), "k": solved.latents,
+                      "chain": chain, "lost": lost, "of": of, "samples": args.samples}
+            with args.out.open("a") as file:
+                print(json.dumps(record), file=file)

@@ -1,16 +1,17 @@
 """Which masked tokens are worth something as latent tokens? Train SCDM, and measure the nats of its
 answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
 
-    python .github/latents.py --task sudoku           those of its row, column or box; or others
-    python .github/latents.py --paddings constant     unknown cells; or paddings (or random)
-    python .github/latents.py --latents predicted     marked ones (half, unpredicted, registers)
+    python .github/latents.py              unknown cells: of its row, column or box; or others
+    python .github/latents.py constant     unknown cells, or paddings, always the same token
+    python .github/latents.py random       the same, paddings are as many tokens as there are digits
+    python .github/latents.py predicted    marked latent tokens, with a loss
+    python .github/latents.py half         the same, with as many terms in the loss as the next
+    python .github/latents.py unpredicted  marked latent tokens, without a loss
+    python .github/latents.py registers    the same, behind the answer: they stand for no cell
 
-Paddings stand behind the answer, as many as it has tokens, masked and trained like it: always the
-same token, or one of as many as there are digits, at random. Marked latent tokens have an input of
-their own instead of the mask: in training a random number of masked tokens are latent, in a chain,
-the others see all of these and nothing else that is masked. Predicted: the loss counts latent ones,
-too; unpredicted: it does not; half: it counts a random part of both, as many as unpredicted.
-Registers: latent tokens stand for no cell, but behind the answer, and are never predicted.
+Paddings stand behind the answer, as many as it has tokens, masked and trained like it. Marked
+latent tokens have an input of their own instead of the mask: in training a random number of masked
+tokens are latent, in a chain; the others see all of these and nothing else that is masked.
 
 For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind;
 known paddings are as many in proportion. Nats are summed over m. Puzzles and orders are the same
@@ -48,18 +49,18 @@ class Padded:
         return np.concatenate([tokens, paddings], axis=1)
 
 
-def marked_objective(task, kind, usual=latent.objective):
-    """The objective of --latents. The tokens that are decoded share the turn behind latent ones."""
+def marked_objective(task, arm, usual=latent.objective):
+    """With marked latent tokens. Those that are decoded share the turn behind them."""
     def objective(system, tokens, prompt_len, mask, window, rng):
         B, T = tokens.shape
         T -= task.paddings
         _, turn, _, _ = usual(system, tokens[:, :T], prompt_len, mask, window, rng)     # all >= 0
         spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
         cut = torch.from_numpy(prompt_len + spread.astype(np.int64))
-        most = torch.full_like(cut, task.paddings + 1) if kind == "registers" else T - cut
+        most = torch.full_like(cut, task.paddings + 1) if arm == "registers" else T - cut
         n_latent = (torch.from_numpy(rng.random((B, 1))) * most).long()
         first = cut + n_latent                                                 # decoded ones' turn
-        if kind == "registers":
+        if arm == "registers":
             chain = torch.arange(task.paddings).expand(B, -1)
             chain = torch.where(chain < n_latent, cut + chain, -1)
             turn = torch.cat([torch.where(turn < cut, turn, first), chain], dim=1)
@@ -68,21 +69,12 @@ def marked_objective(task, kind, usual=latent.objective):
         inputs = torch.where(is_latent, task.marked, inputs)
         turn = torch.where(turn >= first, first, turn)
         masked = turn >= cut
-        weight = masked if kind == "predicted" else masked & ~is_latent
-        if kind == "half":
+        weight = masked if arm == "predicted" else masked & ~is_latent
+        if arm == "half":
             share = (masked & ~is_latent).sum() / masked.sum()
             weight = masked & (torch.from_numpy(rng.random(turn.shape)) < share)
         return inputs, turn, masked, weight / weight.sum()
     return objective
-
-
-def neighbours(task, T):
-    """(T, T) bool: do two places share a unit?"""
-    board = getattr(task, "board", task)
-    share = np.zeros((T, T), dtype=bool)
-    for unit in board.units + task.prompt_len:
-        share[np.ix_(unit, unit)] = True
-    return torch.from_numpy(share)
 
 
 @torch.no_grad()
@@ -120,71 +112,60 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
     return nats
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="latin-puzzle",
-                        choices=["latin-puzzle", "latin", "sudoku", "zebra", "countdown"])
-    parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
-    parser.add_argument("--size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument("--paddings", choices=["constant", "random"])
-    one.add_argument("--latents", choices=["predicted", "unpredicted", "half", "registers"])
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("out/latents"))
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+PADDINGS = ["constant", "random"]
+MARKED = ["predicted", "half", "unpredicted", "registers"]
 
-    size = args.size or TASKS[args.task].default_size
-    task = TASKS[args.task](size)
-    variant = args.paddings or args.latents
-    if variant:
-        behind = args.paddings or args.latents == "registers"
-        kinds = {None: 0, "constant": 1}.get(args.paddings, getattr(task, "side", 0))
-        task = Padded(task, (task.seq_len - task.prompt_len) * bool(behind), kinds)
-    if args.latents:
-        latent.objective = marked_objective(task, args.latents)
-    name = f"{args.task}-{variant}" if variant else args.task
-    recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{name}-{recipe.name}.pt"
-    model = latent.build(recipe, task)
-    steps = args.steps or TASKS[args.task].steps
-    state = latent.train(task, recipe, model, path, steps, args.resume)
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("arm", nargs="?", choices=PADDINGS + MARKED)
+parser.add_argument("--task", default="latin-puzzle", choices=TASKS)
+parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--steps", type=int)
+parser.add_argument("--samples", type=int, default=256)
+parser.add_argument("--out", type=Path, default=Path("out/latents"))
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
-    T, p = task.seq_len, task.prompt_len
-    tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
-    everything = torch.ones(T, T, dtype=torch.bool)
-    if args.paddings:
-        is_padding = torch.arange(T) >= T - task.paddings
-        kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding,
-                 "both": everything}
-    elif args.latents == "registers":
-        kinds = {"any": everything & (torch.arange(T) >= T - task.paddings)}
-    elif args.latents:
-        kinds = {"any": everything}
-    else:
-        near = neighbours(task, T)
-        kinds = {"any": everything, "neighbours": near, "others": ~near}
-    numbers = [0, 1, 2, 4, 8, 16, T - p]
-    nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
-                   task.marked if args.latents else None)
-    for kind in kinds:
-        none = nats[kind, 0]
-        for k in numbers:
-            found = nats[kind, k]
-            record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
-                      "nats": found.mean().item(), "samples": args.samples, "step": state["step"],
-                      "less": (none - found).mean().item(),
-                      "less_error": ((none - found).std() / args.samples**0.5).item(),
-                      "minutes": state["minutes"]}
-            with path.with_suffix(".jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))
+task = TASKS[args.task]()
+answer, steps = task.seq_len - task.prompt_len, args.steps or task.steps
+name, size = "-".join(filter(None, [args.task, args.arm])), task.default_size
+paddings = answer if args.arm in [*PADDINGS, "registers"] else 0
+if args.arm:
+    different = {"constant": 1, "random": getattr(task, "side", 1)}.get(args.arm, 0)
+    task = Padded(task, paddings, different)
+if args.arm in MARKED:
+    latent.objective = marked_objective(task, args.arm)
+recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
+args.out.mkdir(parents=True, exist_ok=True)
+path = args.out / f"{name}-{recipe.name}.pt"
+model = latent.build(recipe, task)
+state = latent.train(task, recipe, model, path, steps, args.resume)
 
-
-if __name__ == "__main__":
-    main()
+T = task.seq_len
+tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
+everything = torch.ones(T, T, dtype=torch.bool)
+is_padding = torch.arange(T) >= T - paddings
+kinds = {"any": everything}
+if args.arm is None:
+    near = torch.zeros(T, T, dtype=torch.bool)                      # do two places share a unit?
+    for unit in getattr(task, "board", task).units + task.prompt_len:
+        near[np.ix_(unit, unit)] = True
+    kinds |= {"neighbours": near, "others": ~near}
+if args.arm in PADDINGS:
+    kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding,
+             "both": everything}
+if args.arm == "registers":
+    kinds = {"any": everything & is_padding}
+nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds,
+               [0, 1, 2, 4, 8, 16, answer + paddings], task.marked if args.arm in MARKED else None)
+for (kind, k), found in nats.items():
+    less = nats[kind, 0] - found
+    record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
+              "nats": found.mean().item(), "less": less.mean().item(),
+              "less_error": (less.std() / args.samples**0.5).item(),
+              "samples": args.samples, "step": state["step"], "minutes": state["minutes"]}
+    with path.with_suffix(".jsonl").open("a") as file:
+        print(json.dumps(record), file=file)
+    print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))

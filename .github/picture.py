@@ -1,10 +1,7 @@
-"""Draw one model that solves one puzzle twice in random order, without latent tokens and with all.
-
-`python .github/picture.py` takes the weights in data/weights and draws .github/watch.gif; another
-checkpoint may be of any task whose answer is a board. The puzzle is that of the first --watch SEED
-that is wrong without latent tokens and right with all. The order of cells is the same both times.
+"""Draw .github/watch.gif: the model in data/weights solves one puzzle twice in random order, without
+latent tokens and with all. The order of cells is the same both times. The puzzle is that of the
+first --watch SEED that is wrong without latent tokens and right with all. (python .github/picture.py)
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import latent  # noqa: E402
 from data import TASKS  # noqa: E402
-from data.sudoku import BOX  # noqa: E402
 
 
 def solve(n_latent):
@@ -53,27 +49,21 @@ def draw(n):
             axis.text(column + 0.5, row + 0.53, digit + 1, color=color, alpha=0.15 + 0.85 * sure,
                       weight=700 if puzzle[cell] < side else 400, size=18, ha="center", va="center")
         for i in range(side + 1):
-            axis.axhline(i, color="black", lw=2 if i % high == 0 else 0.4)
-            axis.axvline(i, color="black", lw=2 if i % wide == 0 else 0.4)
+            axis.axhline(i, color="black", lw=2 if i % side == 0 else 0.4)
+            axis.axvline(i, color="black", lw=2 if i % side == 0 else 0.4)
 
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("file", nargs="?", default=ROOT / "data/weights/latin-puzzle-5-list/scdm-s0.pt")
-parser.add_argument("--out", default=ROOT / ".github/watch.gif")
-args = parser.parse_args()
-saved = torch.load(args.file, map_location="cpu", weights_only=True)
+saved = torch.load(ROOT / "data/weights/latin-puzzle-5-list/scdm-s0.pt", weights_only=True)
 recipe = latent.Recipe(**saved["settings"])
 task = TASKS[recipe.task](recipe.size)
 model = latent.build(recipe, task)
 model.load_state_dict(saved["model"])
-board = getattr(task, "board", task)
-start, side, units = task.prompt_len, board.side, board.units
-high, wide = BOX[side] if board.name == "sudoku" else (side, side)
+start, side, units = task.prompt_len, task.side, task.board.units
 seed, good, better = -1, True, True
 while good or not better:
     seed += 1
     tokens = torch.from_numpy(task.batch(1, np.random.default_rng((seed, 2**32)), "test"))
-    puzzle = task._grid(tokens.numpy())[0] if start else np.full(side**2, side)     # side: empty
+    puzzle = task._grid(tokens.numpy())[0]
     (without, good), (with_all, better) = solve(0), solve(task.seq_len)         # is it right?
 print(f"seed {seed}: wrong without latent tokens, right with all")
 
@@ -82,4 +72,4 @@ figure = Figure(figsize=(6.6, 3.9), dpi=90)
 left, right = figure.subplots(1, 2)
 figure.subplots_adjust(0.02, 0.13, 0.98, 0.91, wspace=0.06)
 figure.supxlabel("bold: given     red: decoded now     blue: latent token, dark if sure")
-FuncAnimation(figure, draw, end + 6).save(args.out, PillowWriter(fps=2))
+FuncAnimation(figure, draw, end + 6).save(ROOT / ".github/watch.gif", PillowWriter(fps=2))

@@ -5,7 +5,7 @@
     python .github/tables.py --collect FOLDER VARIANT COMMIT    add a folder's measurements first
 
 A marker, <!-- table dial task=sudoku -->, names a function below and what its records must have
-(variant "": the scripts as they are). Of measurements made in the same way the last counts. ± is
+(variant "": the scripts as they are; a,b: one of both). Of measurements made in the same way the last counts. ± is
 the standard error over seeds, which all solve the same test puzzles, of one seed the binomial one.
 """
 import argparse
@@ -43,8 +43,10 @@ def load():
 
 
 def select(records, **wanted):
+    """The records that have what is wanted; "a,b" is one of both."""
     wanted = {"variant": "", "experiment": None} | wanted
-    return [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
+    return [r for r in records if all(str(r.get(name)) in str(value).split(",")
+                                      for name, value in wanted.items())]
 
 
 def grouped(records, *names):
@@ -119,17 +121,39 @@ def claims(records):
     return table(["", "", *head], rows)
 
 
+def orders(records):
+    """Right answers in %, by the policy and the number of its candidates."""
+    hows = sorted({(r["policy"], r["candidates"]) for r in records},
+                  key=lambda how: (how[0] == "margin", how[1]))
+    rows = []
+    for (system,), of_system in grouped(records, "system").items():
+        for latents in 0, "all":
+            row = [TITLES[system], latents]
+            group = [r for r in of_system if (r["n_latent"] > 0) == (latents == "all")]
+            if not group:
+                continue
+            for how in hows:
+                found = [100 * r["accuracy"] for r in group
+                         if (r["policy"], r["candidates"]) == how]
+                row.append(with_error(found, 512) if found else "")
+            rows.append(row)
+    names = ["random" if policy == "random" else f"{policy} of {n}" for policy, n in hows]
+    return table(["system", "latent tokens", *names], rows)
+
+
 def kinds(records):
     """latents.py: nats without latent tokens, and the change with k of one kind."""
-    numbers = sorted({r["k"] for r in records if r["k"]})
+    for record in records:
+        record["k"] = "all" if record["k"] > 16 else record["k"]
+    numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in grouped(records, "task", "kind").items():
         at = {k: found for (k,), found in grouped(group, "k").items()}
         row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
         for k in numbers:
-            found = at.get(k, [])
-            row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
-                f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
+            found = at[k]
+            row.append(with_error([-r["less"] for r in found]) if found[1:] else
+                       f"{-found[0]['less']:.2f} ± {found[0]['less_error']:.2f}")
         rows.append([*row, len(at[0])])
     return table(["task and model", "latent tokens", "nats with none", *numbers, "seeds"], rows)
 

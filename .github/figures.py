@@ -1,25 +1,26 @@
-"""Draw .github/chain.png: a board whose next digit, `?`, a short chain decides, and how many such
-boards models lose. `python .github/chain.py` reads what .github/deadends.py has measured from
-.github/records.jsonl, or from the file that it is given."""
-import json
+"""Draw two figures from .github/records.jsonl: `python .github/figures.py`.
+
+chain.png: a board whose next digit, `?`, a short chain decides, and how many such boards models
+lose (measured by deadends.py). kinds.png: what latent tokens of a kind are worth (latents.py).
+"""
 import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from tables import grouped, load, select
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data.sudoku import fill  # noqa: E402
 
-with open(sys.argv[1] if sys.argv[1:] else HERE / "records.jsonl") as file:
-    records = [json.loads(line) for line in file]
+records = load()
 
 
 def lost(system, window, k, column):
     """Boards lost with `?`, in per cent of those that a chain through the column decides."""
-    found = [r for r in records if r.get("chain") == f"column {column}" and r["k"] == k
-             and r["model"]["system"] == system and r["model"]["window"] == window]
+    found = select(records, experiment="deadends", system=system, window=window, k=k,
+                   chain=f"column {column}")
     return 100 * sum(r["lost"] for r in found) / sum(r["of"] for r in found)
 
 
@@ -58,3 +59,27 @@ right.set(xlim=(-0.6, 5.6), ylim=(-2, 70), ylabel="boards lost with ?, %", xtick
           title="AR+MTP on boards where a chain like this decides ?")
 right.spines[["top", "right"]].set_visible(False)
 figure.savefig(HERE / "chain.png", dpi=100)
+
+figure = Figure(figsize=(10, 4), layout="constrained")
+PANELS = [[("unknown cells, with a loss", "-predicted", "any", "tab:blue"),
+           ("the same, as few terms in the loss", "-half", "any", "tab:cyan"),
+           ("unknown cells, without a loss", "-unpredicted", "any", "tab:green"),
+           ("no cells, without a loss", "-registers", "any", "tab:red")],
+          [("of the decoded cell's row or column", "", "neighbours", "tab:blue"),
+           ("any unknown cells", "", "any", "tab:cyan"), ("others", "", "others", "tab:red")],
+          [("unknown cells", "-constant", "cells", "tab:blue"),
+           ("paddings", "-constant", "paddings", "tab:red")]]
+for panel, title, lines in zip(figure.subplots(1, 3, sharey=True),
+                               ["marked latent tokens", "which cells", "paddings"], PANELS):
+    for label, arm, kind, color in lines:
+        found = select(records, experiment="latents", system="scdm", kind=kind,
+                       task=f"latin-puzzle{arm}")
+        means = {min(k, 25): np.mean([r["less"] for r in group])
+                 for (k,), group in grouped(found, "k").items()}
+        panel.plot(*zip(*sorted(means.items())), "o-", color=color, label=label)
+    panel.set_xscale("symlog", base=2)
+    panel.set(title=title, xlabel="latent tokens of a kind", ylim=(-0.15, 2.2))
+    panel.legend(loc="upper left", frameon=False)
+    panel.spines[["top", "right"]].set_visible(False)
+figure.get_axes()[0].set_ylabel("nats less than without")
+figure.savefig(HERE / "kinds.png", dpi=100)
