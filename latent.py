@@ -11,6 +11,7 @@ What follows trains (5), evaluates (6), and holds flags, main function and figur
 `python latent.py` prints who sees whom. train_diffusion.py and train_ar.py run experiments.
 """
 import argparse
+import io
 import json
 import time
 from functools import partial
@@ -358,39 +359,41 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(matrices, (length * x).unbind(), alpha=-group["lr"])
 
 
-def optimizers(model, lr):
+def optimizers(model):
     """Muon for the matrices of the blocks, one for each kind; AdamW for the rest (alone it is
-    worse)."""
+    worse). `train` sets the learning rate at every step."""
     opts = []
     for name, weight in model.blocks[0].named_parameters():
         if weight.dim() == 2:
-            opts.append(Muon([block.get_parameter(name) for block in model.blocks], {"lr": lr}))
+            opts.append(Muon([block.get_parameter(name) for block in model.blocks], {}))
     rest = [w for name, w in model.named_parameters() if "blocks" not in name or w.dim() < 2]
-    opts.append(torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0, fused=True))
+    opts.append(torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0, fused=True))
     return opts
 
 
 def train(task, recipe, model, path, steps, resume):
     """Train a model and keep its checkpoint, `path`, up to date; with `resume` go on from it.
-    Returns what it holds: step, minutes, and the weights."""
+    Returns the step and the minutes that it took."""
     system = SYSTEMS[recipe.system]
-    device = model.output.weight.device
-    opts = optimizers(model, recipe.lr)
+    opts = optimizers(model)
     if not path.exists():
         # What can not be written, or not be read again, shows before it costs any training.
         save(path, recipe, model, opts, {"step": 0, "minutes": 0.0})
     elif not resume:
         raise RunError(f"--out: {path} is there; go on with --resume, or choose another folder")
     state = load(path, recipe, model)
-    for opt, opt_state in zip(opts, state["optimizers"]):
+    for opt, opt_state in zip(opts, state.pop("optimizers")):
         opt.load_state_dict(opt_state)
 
-    before, start = state["minutes"], time.monotonic()
+    start = time.monotonic() - 60 * state["minutes"]
     bar = trange(state["step"], steps, desc=recipe.name, disable=None)      # not shown in a log
     for step in bar:
+        done = step + 1
+
         # Seed and step alone say what is drawn: a resumed run goes on exactly.
         rng = np.random.default_rng((recipe.seed, step))
-        tokens = torch.from_numpy(task.batch(recipe.batch_size, rng, "train")).to(device)
+        tokens = torch.from_numpy(task.batch(recipe.batch_size, rng, "train"))
+        tokens = tokens.to(model.output.weight.device)
         inputs, turn, masked, weight = objective(system, tokens, task.prompt_len, model.mask,
                                                  recipe.window, rng)
         loss = (weight * cross_entropy(model, system, tokens, inputs, turn, masked)).sum()
@@ -398,19 +401,18 @@ def train(task, recipe, model, path, steps, resume):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
         # A short warm-up, then constant, in the second half linear to 5 %.
-        lr = recipe.lr * min(1, (step + 1) / 100, 0.05 + 1.9 * (1 - step / steps))
+        lr = recipe.lr * min(1, done / 100, 0.05 + 1.9 * (1 - step / steps))
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.step()
             opt.zero_grad()
 
-        done = step + 1
         if done % 100 == 0 or done == steps:
             if not (loss + norm).isfinite():
                 raise RunError(f"{path}: loss {loss:.3g}, gradient {norm:.3g} at step {done}")
             bar.set_postfix_str(f"loss {loss.item():.3f}")
             state["step"] = done
-            state["minutes"] = before + (time.monotonic() - start) / 60
+            state["minutes"] = (time.monotonic() - start) / 60
             save(path, recipe, model, opts, state)
     return state
 
@@ -419,23 +421,24 @@ def save(path, recipe, model, opts, state):
     """Write a checkpoint, whole or not at all."""
     state = {**state, "settings": recipe._asdict(), "model": model.state_dict(),
              "optimizers": [opt.state_dict() for opt in opts]}
+    content = io.BytesIO()              # torch itself hides why a file can not be written
+    torch.save(state, content)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:          # torch itself hides why it can not be written
-        torch.save(state, file)
+    temporary.write_bytes(content.getvalue())
     temporary.replace(path)
 
 
 def load(path, recipe, model):
     """Read a checkpoint, without running code that it may hold, and put its weights into the
-    model. Returns all that it holds."""
+    model. Returns all else that it holds."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = Recipe(**state["settings"])
+        found = Recipe(**state.pop("settings"))
     except Exception as error:
-        raise RunError(f"{path}: no intact checkpoint ({type(error).__name__})") from None
+        raise RunError(f"{path}: no checkpoint that can be read ({type(error).__name__})") from None
     if found != recipe:
         raise RunError(f"{path} is another model: {found}")
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state.pop("model"))
     return state
 
 
@@ -462,19 +465,18 @@ def evaluate(task, recipe, model, tokens, decoding):
 
 def experiment(task, recipe, decodings, path, args):
     """Train one model and evaluate it in every way of decoding: each is a line of NAME.jsonl, with
-    all that says how it was made."""
+    all that says how it was made. The figure follows."""
     model = build(recipe, task).to(args.device)
     state = train(task, recipe, model, path, args.steps, args.resume)
 
-    # The same puzzles for all models and seeds, drawn with no (seed, step) of training.
+    # The same puzzles for all models, drawn with a seed that no training step has.
     puzzles = task.batch(args.samples, np.random.default_rng((0, 2**32)), "test")
     tokens = torch.from_numpy(puzzles).to(args.device)
     for decoding in decodings:
         found = evaluate(task, recipe, model, tokens, decoding)
-        record = {"model": recipe._asdict(), "decoding": decoding, **found, "samples": args.samples,
-                  "step": state["step"], "minutes": state["minutes"], "device": args.device,
-                  "threads": torch.get_num_threads(), "torch": torch.__version__,
-                  "floor_nats": task.floor_nats}
+        record = {"model": recipe._asdict(), "decoding": decoding, **found, **state,
+                  "samples": args.samples, "floor_nats": task.floor_nats, "device": args.device,
+                  "threads": torch.get_num_threads(), "torch": torch.__version__}
 
         # Lines are only added: no measurement is lost, and the last of a kind counts.
         with path.with_suffix(".jsonl").open("a") as file:
@@ -482,6 +484,12 @@ def experiment(task, recipe, decodings, path, args):
         print(f"{recipe.name:<14} {decoding.get('policy', 'left'):<9} {found['latents']:>2} latent "
               f"tokens {found['accuracy']:7.1%} right {found['nats']:6.2f} nats "
               f"{found['forward_tokens']:>5} forward tokens", flush=True)
+
+    # A foreign file in the folder, or no matplotlib, costs only the figure.
+    try:
+        draw(path.parent, recipe)
+    except Exception as error:
+        print(f"No figure: {error}")
 
 
 def watch(task, recipe, decodings, path, puzzle):
@@ -501,8 +509,7 @@ def watch(task, recipe, decodings, path, puzzle):
         guesses = tokens.scatter(1, positions, logits.argmax(-1))
         shown = torch.where(tokens == model.mask, guesses, tokens)
 
-        k = positions.shape[1] - c
-        marks = dict(zip(positions[0].tolist(), "?" * c + "~" * k))
+        marks = dict(zip(positions[0].tolist(), "?" * c + "~" * task.seq_len))
         marks[place.item()] = "!"
         print(task.show(shown[0].tolist(), lambda i, text: f"{text}{marks.get(i, ' ')} "), "\n")
 
@@ -535,8 +542,7 @@ def common_flags(description, tasks, order, default_systems):
     flag = parser.add_argument
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
     sizes = "; ".join(f"{t.name} {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    flag("--task", default="latin-puzzle", choices=tasks, help="the puzzle [%(default)s]")
+    flag("--task", default=next(iter(tasks)), choices=tasks, help="the puzzle [%(default)s]")
     flag("--size", help=f"its size: {sizes}")
     flag("--systems", nargs="+", default=default_systems, choices=systems,
          help=f"what to train [{' '.join(default_systems)}]")
@@ -550,9 +556,10 @@ def common_flags(description, tasks, order, default_systems):
             ("samples", 512, "test puzzles in each evaluation")]:
         flag(f"--{name}", type=at_least(1), default=default, help=f"{text} [%(default)s]")
     flag("--lr", type=at_least(0, float), default=3e-3, help="highest learning rate [%(default)s]")
-    flag("--latents", nargs="+", type=at_least(0, words=["all"]), metavar="K",
+    flag("--latents", nargs="+", type=at_least(0, words=["all"]),
          default=[0, 1, 2, 4, 8, 16, "all"], help="numbers of latent tokens to decode "
          "with [0 1 2 4 8 16 all]; more than there are is all, some systems have but one")
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flag("--device", default=str(device), help="cuda, mps or cpu [%(default)s]")
     flag("--out", help="folder for all output [out/TASK-SIZE]")
     flag("--resume", action="store_true", help="go on from the checkpoints there; what is trained "
@@ -604,15 +611,6 @@ def main(parser, tasks, models):
         parser.exit(130, "\nInterrupted; the same command with --resume goes on.\n")
     except (RunError, OSError) as error:
         parser.error(f"{recipe.name}: {error}")
-    if args.watch is None:
-        # A foreign file in the folder, or no matplotlib, costs only the figure.
-        try:
-            draw(folder, recipe)
-        except Exception as error:
-            print(f"No figure: {error}")
-
-
-PANELS = [("random", "accuracy"), ("top-prob", "accuracy"), ("random", "nats")]
 
 
 def draw(folder, recipe):
@@ -620,7 +618,8 @@ def draw(folder, recipe):
     the settings of this one."""
     from matplotlib.figure import Figure                    # nothing else needs it
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for panel, (order, y) in zip(figure.subplots(1, 3), PANELS):
+    panels = [("random", "accuracy"), ("top-prob", "accuracy"), ("random", "nats")]
+    for panel, (order, y) in zip(figure.subplots(1, 3), panels):
         for path in sorted(folder.glob("*.jsonl")):
             records = [json.loads(line) for line in path.open()]
             model = Recipe(**records[0]["model"])
@@ -639,7 +638,7 @@ def draw(folder, recipe):
         panel.set_xscale("symlog", base=2)
         panel.set(xlabel="latent tokens", ylabel=y,
                   title=f"{recipe.task} {recipe.size}, {order} order")
-    panel.legend(frameon=False)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(folder / "latents.png", dpi=150)
     print(f"The figure is {folder / 'latents.png'}")
 

@@ -27,16 +27,17 @@ def flags():
 def models(task, args, settings):
     """Every system with every window and every seed: the recipe of a model, and how to decode."""
     answer = task.seq_len - task.prompt_len
+    named = {"random": "random", "all": answer}
+    windows = [named.get(w) or min(w, answer) for w in args.windows]
     for seed in args.seeds:
         for system in args.systems:
             shifted = latent.SYSTEMS[system].shifted
-            for window in [None] if shifted else args.windows:
+            for window in [None] if shifted else dict.fromkeys(windows):
                 if shifted:
                     latents = [0]
                 elif window == "random":
                     latents = latent.sweep(args.latents, answer - 1)
                 else:
-                    window = answer if window == "all" else min(window, answer)
                     latents = [window - 1]
                 recipe = latent.Recipe(system, window, seed, **settings)
                 yield recipe, [{"n_latent": k} for k in latents]

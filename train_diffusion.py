@@ -27,13 +27,12 @@ def flags():
 def models(task, args, settings):
     """Every system with every seed: the recipe of a model, and how to decode."""
     answer = task.seq_len - task.prompt_len
+    most = min(args.candidates or max(1, min(8, answer // 2)), answer)
     for seed in args.seeds:
         for system in args.systems:
             decodings = []
             for policy in args.orders:
-                candidates = min(args.candidates or min(8, max(1, answer // 2)), answer)
-                if policy == "random":
-                    candidates = 1
+                candidates = 1 if policy == "random" else most
                 sees = latent.SYSTEMS[system].sees
                 if sees == "joint":
                     latents = [answer - 1]

@@ -1,7 +1,8 @@
 """When do models lose a 6x6 Sudoku board? With the token that leaves no valid board to complete it
 to, even if no rule is broken yet. `python .github/deadends.py FILE.pt ...` says how many boards the
 26th token, the `?` of README, loses from the left, by what decides it, for 0 to 4 latent tokens and
-for all; some systems have but one number. It adds this to --out, which .github/figures.py draws.
+for all; some systems have but one number. It adds this to --out; `tables.py --collect` puts it into
+the records that figures.py draws.
 """
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""Which masked tokens are worth something as latent tokens? Train SCDM, and measure the nats of its
-answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
+"""Which masked tokens are worth something as latent tokens? Train SCDM (or MDM), and measure the
+nats of its answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
 
     python .github/latents.py              unknown cells: of its row, column or box; or others
     python .github/latents.py constant     unknown cells, or paddings, always the same token
@@ -7,11 +7,13 @@ answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.
     python .github/latents.py predicted    marked latent tokens, with a loss
     python .github/latents.py half         the same, with as many terms in the loss as the next
     python .github/latents.py unpredicted  marked latent tokens, without a loss
-    python .github/latents.py registers    the same, behind the answer: they stand for no cell
+    python .github/latents.py registers    without a loss, behind the answer: they stand for no cell
 
 Paddings stand behind the answer, as many as it has tokens, masked and trained like it. Marked
 latent tokens have an input of their own instead of the mask: in training a random number of masked
-tokens are latent, in a chain; the others see all of these and nothing else that is masked.
+tokens are latent, in a chain; the others see all of these and nothing else that is masked. Of the
+registers a random number is there, from the first on; all unknown cells are decoded, so the loss
+has about twice the terms of `unpredicted`.
 
 For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind;
 known paddings are as many in proportion. Nats are summed over m. Puzzles and orders are the same
@@ -33,8 +35,8 @@ from data import TASKS  # noqa: E402
 
 
 class Padded:
-    """A task whose answer is followed by `paddings` tokens, drawn from `kinds` ones. Behind the
-    tokens there is one more, the input of latent tokens that are marked."""
+    """A task whose answer is followed by `paddings` tokens, each one of `kinds` different ones.
+    Behind all tokens there is one more, the input of latent tokens that are marked."""
 
     def __init__(self, task, paddings, kinds):
         self.task, self.paddings, self.kinds = task, paddings, kinds
@@ -95,6 +97,8 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
         decoded = order[:, cells - m:cells - m + 1]                                     # (B, 1)
         others = torch.cat([order[:, cells - m + 1:], padding[:, known_paddings:]], dim=1)
         others = others.gather(1, torch.from_numpy(rng.random(others.shape).argsort(1)))
+        if marked is not None and paddings:                     # registers: in their order
+            others = others.sort(1).values
         n = known.shape[1]
         for kind, allowed in kinds.items():
             ok, first = allowed[decoded, others].sort(dim=1, descending=True, stable=True)
@@ -118,7 +122,8 @@ MARKED = ["predicted", "half", "unpredicted", "registers"]
 parser = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("arm", nargs="?", choices=PADDINGS + MARKED)
-parser.add_argument("--task", default="latin-puzzle", choices=TASKS)
+parser.add_argument("--task", default="latin-puzzle",
+                    choices=["latin-puzzle", "latin", "sudoku", "zebra"])
 parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int)
@@ -126,6 +131,8 @@ parser.add_argument("--samples", type=int, default=256)
 parser.add_argument("--out", type=Path, default=Path("out/latents"))
 parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
+if args.system == "mdm" and args.arm in MARKED:
+    parser.error("--system mdm: marked latent tokens would not be a chain")
 torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 task = TASKS[args.task]()
@@ -133,18 +140,12 @@ answer, steps = task.seq_len - task.prompt_len, args.steps or task.steps
 name, size = "-".join(filter(None, [args.task, args.arm])), task.default_size
 paddings = answer if args.arm in [*PADDINGS, "registers"] else 0
 if args.arm:
-    different = {"constant": 1, "random": getattr(task, "side", 1)}.get(args.arm, 0)
-    task = Padded(task, paddings, different)
+    different = {"constant": 1, "random": task.side if args.arm == "random" else 0}
+    task = Padded(task, paddings, different.get(args.arm, 0))
 if args.arm in MARKED:
     latent.objective = marked_objective(task, args.arm)
-recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
-args.out.mkdir(parents=True, exist_ok=True)
-path = args.out / f"{name}-{recipe.name}.pt"
-model = latent.build(recipe, task)
-state = latent.train(task, recipe, model, path, steps, args.resume)
 
 T = task.seq_len
-tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
 everything = torch.ones(T, T, dtype=torch.bool)
 is_padding = torch.arange(T) >= T - paddings
 kinds = {"any": everything}
@@ -158,8 +159,16 @@ if args.arm in PADDINGS:
              "both": everything}
 if args.arm == "registers":
     kinds = {"any": everything & is_padding}
-nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds,
-               [0, 1, 2, 4, 8, 16, answer + paddings], task.marked if args.arm in MARKED else None)
+
+recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
+args.out.mkdir(parents=True, exist_ok=True)
+path = args.out / f"{name}-{recipe.name}.pt"
+model = latent.build(recipe, task)
+state = latent.train(task, recipe, model, path, steps, args.resume)
+tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
+numbers = sorted({0, 1, 2, 4, 8, 16, answer + paddings})
+nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
+               task.marked if args.arm in MARKED else None)
 for (kind, k), found in nats.items():
     less = nats[kind, 0] - found
     record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,

@@ -1,6 +1,6 @@
-"""Draw .github/watch.gif: the model in data/weights solves one puzzle twice in random order, without
-latent tokens and with all. The order of cells is the same both times. The puzzle is that of the
-first --watch SEED that is wrong without latent tokens and right with all. (python .github/picture.py)
+"""Draw .github/watch.gif (python .github/picture.py): the model in data/weights solves one puzzle
+twice in random order, without latent tokens and with all. The order of cells is the same both
+times. The puzzle is that of the first --watch SEED that is wrong without them and right with all.
 """
 import sys
 from pathlib import Path

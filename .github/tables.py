@@ -5,8 +5,9 @@
     python .github/tables.py --collect FOLDER VARIANT COMMIT    add a folder's measurements first
 
 A marker, <!-- table dial task=sudoku -->, names a function below and what its records must have
-(variant "": the scripts as they are; a,b: one of both). Of measurements made in the same way the last counts. ± is
-the standard error over seeds, which all solve the same test puzzles, of one seed the binomial one.
+(variant "": the scripts as they are; a,b: one of both). Of measurements made in the same way the
+last counts. ± is the standard error over seeds, which all solve the same test puzzles, of one seed
+the binomial one.
 """
 import argparse
 import json
@@ -135,7 +136,7 @@ def orders(records):
             for how in hows:
                 found = [100 * r["accuracy"] for r in group
                          if (r["policy"], r["candidates"]) == how]
-                row.append(with_error(found, 512) if found else "")
+                row.append(with_error(found, group[0]["samples"]) if found else "")
             rows.append(row)
     names = ["random" if policy == "random" else f"{policy} of {n}" for policy, n in hows]
     return table(["system", "latent tokens", *names], rows)
@@ -143,15 +144,14 @@ def orders(records):
 
 def kinds(records):
     """latents.py: nats without latent tokens, and the change with k of one kind."""
-    for record in records:
-        record["k"] = "all" if record["k"] > 16 else record["k"]
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in grouped(records, "task", "kind").items():
         at = {k: found for (k,), found in grouped(group, "k").items()}
+        at["all"] = at[max(at)]
         row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
         for k in numbers:
-            found = at[k]
+            found = at.get(k) or at["all"]
             row.append(with_error([-r["less"] for r in found]) if found[1:] else
                        f"{-found[0]['less']:.2f} ± {found[0]['less_error']:.2f}")
         rows.append([*row, len(at[0])])
