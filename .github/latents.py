@@ -6,6 +6,7 @@ nats of its answers when the decoded token sees k latent tokens of one kind alon
     python .github/latents.py random       the same, paddings are as many tokens as there are digits
     python .github/latents.py predicted    marked latent tokens, with a loss
     python .github/latents.py half         the same, with as many terms in the loss as the next
+    python .github/latents.py none         no latent tokens in training, with as many terms
     python .github/latents.py unpredicted  marked latent tokens, without a loss
     python .github/latents.py registers    without a loss, behind the answer: they stand for no cell
 
@@ -61,7 +62,11 @@ def marked_objective(task, arm, usual=latent.objective):
         cut = torch.from_numpy(prompt_len + spread.astype(np.int64))
         most = torch.full_like(cut, task.paddings + 1) if arm == "registers" else T - cut
         n_latent = (torch.from_numpy(rng.random((B, 1))) * most).long()
-        first = cut + n_latent                                                 # decoded ones' turn
+        n_masked = T - cut
+        share = (n_masked - n_latent).sum() / n_masked.sum()            # of masked ones that decode
+        if arm == "none":
+            n_latent = torch.zeros_like(n_latent)
+        first = cut + n_latent                                          # the turn of these
         if arm == "registers":
             chain = torch.arange(task.paddings).expand(B, -1)
             chain = torch.where(chain < n_latent, cut + chain, -1)
@@ -72,8 +77,7 @@ def marked_objective(task, arm, usual=latent.objective):
         turn = torch.where(turn >= first, first, turn)
         masked = turn >= cut
         weight = masked if arm == "predicted" else masked & ~is_latent
-        if arm == "half":
-            share = (masked & ~is_latent).sum() / masked.sum()
+        if arm in ("half", "none"):
             weight = masked & (torch.from_numpy(rng.random(turn.shape)) < share)
         return inputs, turn, masked, weight / weight.sum()
     return objective
@@ -117,7 +121,7 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
 
 
 PADDINGS = ["constant", "random"]
-MARKED = ["predicted", "half", "unpredicted", "registers"]
+MARKED = ["predicted", "half", "none", "unpredicted", "registers"]
 
 parser = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,7 +170,7 @@ path = args.out / f"{name}-{recipe.name}.pt"
 model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, steps, args.resume)
 tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
-numbers = sorted({0, 1, 2, 4, 8, 16, answer + paddings})
+numbers = [0] if args.arm == "none" else sorted({0, 1, 2, 4, 8, 16, answer + paddings})
 nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
                task.marked if args.arm in MARKED else None)
 for (kind, k), found in nats.items():

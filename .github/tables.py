@@ -143,19 +143,21 @@ def orders(records):
 
 
 def kinds(records):
-    """latents.py: nats without latent tokens, and the change with k of one kind."""
+    """latents.py: nats without latent tokens, the change with k of one kind, nats with all."""
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in grouped(records, "task", "kind").items():
         at = {k: found for (k,), found in grouped(group, "k").items()}
-        at["all"] = at[max(at)]
+        at["all"] = at[max(at)] if max(at) else []
         row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
         for k in numbers:
-            found = at.get(k) or at["all"]
-            row.append(with_error([-r["less"] for r in found]) if found[1:] else
-                       f"{-found[0]['less']:.2f} ± {found[0]['less_error']:.2f}")
+            found = at.get(k, [])
+            row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
+                f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
+        row.append(f"{np.mean([r['nats'] for r in at['all']]):.2f}" if at["all"] else "")
         rows.append([*row, len(at[0])])
-    return table(["task and model", "latent tokens", "nats with none", *numbers, "seeds"], rows)
+    return table(["task and model", "latent tokens", "nats with none", *numbers,
+                  "nats with all", "seeds"], rows)
 
 
 def chains(records):
