@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 from latent import Recipe  # noqa: E402
 
 TITLES = {"ar": "AR", "mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
-          "mdm": "MDM", "sidm": "SIDM", "scdm": "SCDM", "scdm-causal": "SCDM causal"}
-
+          "control-causal": "control causal", "mdm": "MDM", "sidm": "SIDM", "scdm": "SCDM",
+          "scdm-causal": "SCDM causal"}
 HOW = ["variant", "experiment", *Recipe._fields, "policy", "candidates", "n_latent", "samples",
        "step", "kind", "k", "chain"]
 TASKS = {"5×5 puzzles": {"task": "latin-puzzle", "size": "5-list"},
@@ -146,7 +146,7 @@ def kinds(records):
     """latents.py: nats without latent tokens, the change with k of one kind, nats with all."""
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
-    for (task, kind), group in grouped(records, "task", "kind").items():
+    for (task, kind), group in sorted(grouped(records, "task", "kind").items()):
         at = {k: found for (k,), found in grouped(group, "k").items()}
         at["all"] = at[max(at)] if max(at) else []
         row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
