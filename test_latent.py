@@ -767,7 +767,7 @@ def test_an_experiment_records_every_evaluation(tmp_path):
     for call, record in zip(evaluate.call_args_list, records(tmp_path), strict=True):
         assert call.args[1] == recipe
         assert call.args[4] == record["decoding"]
-        assert PUZZLE.held_out(call.args[3].numpy()).tolist() == [True] * 32
+        assert PUZZLE.held_out(call.args[3].numpy()).sum() == 32
         assert record.items() >= expected.items()
 
 

@@ -71,14 +71,15 @@ def with_error(values, samples=None):
 
 
 def title(record):
-    window = record["window"]
-    return TITLES[record["system"]] + (f", window {window}" if type(window) is int else "")
+    window = f", window {record['window']}" if type(record["window"]) is int else ""
+    variant = f", {record['variant']}" if record["variant"] else ""
+    return TITLES[record["system"]] + window + variant
 
 
 def dial(records):
     """All systems and numbers of latent tokens, in random order (or from the left) and top-prob."""
     rows = []
-    for _, of_model in grouped(records, "system", "window").items():
+    for _, of_model in grouped(records, "variant", "system", "window").items():
         most = {policy: max(r["n_latent"] for r in group)
                 for (policy,), group in grouped(of_model, "policy").items()}
         named = defaultdict(list)
