@@ -540,6 +540,7 @@ def common_flags(description, tasks, order, default_systems):
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
+
     systems = [name for name, system in SYSTEMS.items() if system.order == order]
     sizes = "; ".join(f"{t.name} {' '.join(t.sizes)} [{t.default_size}]" for t in tasks.values())
     flag("--task", default=next(iter(tasks)), choices=tasks, help="the puzzle [%(default)s]")
@@ -548,6 +549,7 @@ def common_flags(description, tasks, order, default_systems):
          help=f"what to train [{' '.join(default_systems)}]")
     flag("--seeds", nargs="+", type=at_least(0), default=[0], help="everything once for each [0]")
     flag("--steps", type=at_least(1), help="training steps [what the task needs]")
+
     for name, default, text in [
             ("batch-size", 64, "puzzles in a step"),
             ("layers", 3, "transformer blocks"),
@@ -555,6 +557,7 @@ def common_flags(description, tasks, order, default_systems):
             ("width", 64, "width of the residual stream"),
             ("samples", 512, "test puzzles in each evaluation")]:
         flag(f"--{name}", type=at_least(1), default=default, help=f"{text} [%(default)s]")
+
     flag("--lr", type=at_least(0, float), default=3e-3, help="highest learning rate [%(default)s]")
     flag("--latents", nargs="+", type=at_least(0, words=["all"]),
          default=[0, 1, 2, 4, 8, 16, "all"], help="numbers of latent tokens to decode "

@@ -60,26 +60,24 @@ right.set(xlim=(-0.6, 5.6), ylim=(-2, 70), ylabel="boards lost with ?, %", xtick
 right.spines[["top", "right"]].set_visible(False)
 figure.savefig(HERE / "chain.png", dpi=100)
 
-figure = Figure(figsize=(10, 4), layout="constrained")
-PANELS = [[("unknown cells, with a loss", "-predicted", "any", "tab:blue"),
-           ("the same, as few terms in the loss", "-half", "any", "tab:cyan"),
-           ("unknown cells, without a loss", "-unpredicted", "any", "tab:green"),
-           ("no cells, without a loss", "-registers", "any", "tab:red")],
-          [("of the decoded cell's row or column", "", "neighbours", "tab:blue"),
-           ("any unknown cells", "", "any", "tab:cyan"), ("others", "", "others", "tab:red")],
-          [("unknown cells", "-constant", "cells", "tab:blue"),
-           ("paddings", "-constant", "paddings", "tab:red")]]
-for panel, title, lines in zip(figure.subplots(1, 3, sharey=True),
-                               ["marked latent tokens", "which cells", "paddings"], PANELS):
-    for label, arm, kind, color in lines:
-        found = select(records, experiment="latents", system="scdm", kind=kind,
-                       task=f"latin-puzzle{arm}")
-        means = {min(k, 25): np.mean([r["less"] for r in group])
-                 for (k,), group in grouped(found, "k").items()}
-        panel.plot(*zip(*sorted(means.items())), "o-", color=color, label=label)
+figure = Figure(figsize=(11, 4.4), layout="constrained")
+panels = figure.subplots(1, 3, sharey=True)
+for panel, label, arm, kind in [
+        (0, "cells, predicted", "-predicted", "any"),
+        (0, "cells, predicted, half of the terms", "-half", "any"),
+        (0, "cells, unpredicted, half of the terms", "-unpredicted", "any"),
+        (0, "registers, unpredicted", "-registers", "any"),
+        (0, "none in training, half of the terms", "-none", "any"),
+        (1, "others", "", "others"), (1, "any cells", "", "any"),
+        (1, "of the decoded cell's row or column", "", "neighbours"),
+        (2, "paddings", "-constant", "paddings"), (2, "cells", "-constant", "cells")]:
+    found = select(records, experiment="latents", kind=kind, system="scdm",
+                   task=f"latin-puzzle{arm}")
+    nats = {min(k, 25): np.mean([r["nats"] for r in group])
+            for (k,), group in grouped(found, "k").items()}
+    panels[panel].plot(*zip(*sorted(nats.items())), "o-", label=label)
+for panel, title in zip(panels, ["marked latent tokens", "which cells", "paddings"]):
     panel.set_xscale("symlog", base=2)
-    panel.set(title=title, xlabel="latent tokens of a kind", ylim=(-0.15, 2.2))
-    panel.legend(loc="upper left", frameon=False)
-    panel.spines[["top", "right"]].set_visible(False)
-figure.get_axes()[0].set_ylabel("nats less than without")
+    panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.9, 4.6))
+    panel.legend(loc="lower left", frameon=False)
 figure.savefig(HERE / "kinds.png", dpi=100)

@@ -16,10 +16,9 @@ tokens are latent, in a chain; the others see all of these and nothing else that
 registers a random number is there, from the first on; all unknown cells are decoded, so the loss
 has about twice the terms of `unpredicted`.
 
-For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind;
-known paddings are as many in proportion. Nats are summed over m. Puzzles and orders are the same
-for all kinds and k, so that differences are known better than the nats. Where fewer than k tokens
-of a kind are left, all of them are latent. --resume goes on.
+For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind
+(or all that are left); known paddings are as many in proportion. Nats are summed over m. Puzzles
+and orders are the same for all kinds and k, so differences are known better than the nats.
 """
 import argparse
 import json
@@ -131,7 +130,6 @@ parser.add_argument("--task", default="latin-puzzle",
 parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int)
-parser.add_argument("--samples", type=int, default=256)
 parser.add_argument("--out", type=Path, default=Path("out/latents"))
 parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
@@ -169,7 +167,7 @@ args.out.mkdir(parents=True, exist_ok=True)
 path = args.out / f"{name}-{recipe.name}.pt"
 model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, steps, args.resume)
-tokens = torch.from_numpy(task.batch(args.samples, np.random.default_rng((0, 2**32)), "test"))
+tokens = torch.from_numpy(task.batch(256, np.random.default_rng((0, 2**32)), "test"))
 numbers = [0] if args.arm == "none" else sorted({0, 1, 2, 4, 8, 16, answer + paddings})
 nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
                task.marked if args.arm in MARKED else None)
@@ -177,8 +175,8 @@ for (kind, k), found in nats.items():
     less = nats[kind, 0] - found
     record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
               "nats": found.mean().item(), "less": less.mean().item(),
-              "less_error": (less.std() / args.samples**0.5).item(),
-              "samples": args.samples, "step": state["step"], "minutes": state["minutes"]}
+              "less_error": (less.std() / 256**0.5).item(), "samples": 256,
+              "step": state["step"], "minutes": state["minutes"]}
     with path.with_suffix(".jsonl").open("a") as file:
         print(json.dumps(record), file=file)
     print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))
