@@ -630,7 +630,8 @@ def draw(folder, recipe):
                 continue
 
             # From the left there is but one order, which every panel shows.
-            points = {r["latents"]: r[y] for r in records if r["step"] == records[-1]["step"]
+            points = {r["decoding"]["n_latent"]: r[y] for r in records
+                      if r["step"] == records[-1]["step"]
                       and r["decoding"].get("policy", order) == order}
             x = sorted(points)
             color = f"C{list(SYSTEMS).index(model.system)}"         # each system has its own

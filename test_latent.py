@@ -1078,26 +1078,27 @@ def test_watch_shows_every_pass_and_records_nothing(puzzles, capsys, puzzle):
         assert re.sub(r"[^\d.]", "", parts[1]) == puzzle
 
 
-def test_the_figure_has_the_latest_records_of_these_settings(tmp_path):
-    for step, (system, width, decoding, latents, accuracy, nats) in enumerate([
-            ("scdm", 16, {"policy": "random"}, 1, 0.6, 2),              # of a shorter training
-            ("scdm", 16, {"policy": "random"}, 4, 0.5, 9),
-            ("scdm", 16, {"policy": "random"}, 0, 0.2, 8),
-            ("scdm", 16, {"policy": "random"}, 0, 0.3, 7),
-            ("scdm", 16, {"policy": "top-prob"}, 0, 0.7, 6),
-            ("mtp", 16, {}, 2, 0.1, 5),
-            ("mdm", 16, {"policy": "margin"}, 0, 0.9, 1),               # is in no panel
-            ("sidm", 32, {"policy": "random"}, 0, 0.9, 1)]):            # has other settings
+def test_the_figure_has_the_latest_records_of_these_settings(tmp_path, monkeypatch):
+    for step, (system, width, policy, n_latent, accuracy, nats) in enumerate([
+            ("scdm", 16, "random", 1, 0.6, 2),                          # of a shorter training
+            ("scdm", 16, "random", 4, 0.5, 9),
+            ("scdm", 16, "random", 0, 0.2, 8),
+            ("scdm", 16, "random", 0, 0.3, 7),
+            ("scdm", 16, "top-prob", 0, 0.7, 6),
+            ("mtp", 16, None, 2, 0.1, 5),
+            ("mdm", 16, "margin", 0, 0.9, 1),                           # is in no panel
+            ("sidm", 32, "random", 0, 0.9, 1)]):                        # has other settings
         recipe = TINY._replace(system=system, width=width)
-        record = {"model": recipe._asdict(), "decoding": decoding, "latents": latents,
+        decoding = {"n_latent": n_latent} | ({"policy": policy} if policy else {})
+        record = {"model": recipe._asdict(), "decoding": decoding, "latents": 1,
                   "accuracy": accuracy, "nats": nats, "step": min(step, 1)}
         with (tmp_path / f"{recipe.name}.jsonl").open("a") as file:
             print(json.dumps(record), file=file)
     panels = [mock.MagicMock() for _ in range(3)]
     matplotlib = mock.Mock()
     matplotlib.Figure().subplots.return_value = panels
-    with mock.patch.dict(sys.modules, {"matplotlib.figure": matplotlib}):
-        latent.draw(tmp_path, TINY)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", matplotlib)
+    latent.draw(tmp_path, TINY)
     plotted = []
     for panel in panels:
         calls = [call for call in panel.plot.call_args_list if call.args[0]]
@@ -1109,10 +1110,10 @@ def test_the_figure_has_the_latest_records_of_these_settings(tmp_path):
 
 
 @every("missing", ["matplotlib.figure", "nothing"])
-def test_trouble_with_the_figure_costs_only_the_figure(tmp_path, capsys, missing):
+def test_trouble_with_the_figure_costs_only_the_figure(tmp_path, monkeypatch, capsys, missing):
     (tmp_path / "foreign.jsonl").write_text("[1, 2]")
-    with mock.patch.dict(sys.modules, {missing: None}):
-        run("train_ar --systems ar", tmp_path, draw=latent.draw)
+    monkeypatch.setitem(sys.modules, missing, None)
+    run("train_ar --systems ar", tmp_path, draw=latent.draw)
     assert "No figure" in capsys.readouterr().out
     assert len(records(tmp_path)) == 1
 

@@ -52,7 +52,7 @@ for column, color in (4, "tab:red"), (5, "tab:orange"), (6, "goldenrod"):
 right.text(-0.2, lost("ar", None, 0, 5), "AR", color="tab:gray", ha="right", va="center")
 control = np.mean([lost("control", 36, 35, column) for column in (4, 5, 6)])
 right.hlines(control, 0, 4.1, "tab:brown", ls="--")
-right.text(4.15, control, "control: latent\ntokens untrained", color="tab:brown", va="center")
+right.text(4.15, control, "control (35\nlatent tokens)", color="tab:brown", va="center")
 right.set(xlim=(-0.6, 5.6), ylim=(-2, 70), ylabel="boards lost with ?, %", xticks=range(5),
           xticklabels=["0", *(f"{k}\ncolumn {k + 2}" for k in range(1, 5))],
           xlabel="latent tokens, and where the last of them stands",
