@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter, namedtuple
 from functools import cache, partial
-from itertools import count, permutations, product
+from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -756,13 +756,15 @@ def test_candidates_leave_latent_tokens_of_a_short_answer(answer, candidates):
     assert found == [f"scdm-s0: {candidates} {answer - candidates} top-prob"]
 
 
+FOUND = {"latents": 1, "accuracy": 0.5, "nats": 2.25, "forward_tokens": 77}
+
+
 def test_an_experiment_records_every_evaluation(tmp_path):
     line = ("train_ar --systems mtp --windows random --latents 0 2 --seeds 3 --batch-size 5 "
             "--lr 0.1 --layers 2 --heads 8 --width 32")
     recipe = Recipe("mtp", "random", 3, PUZZLE.name, "4-list", 5, 0.1, 2, 8, 32)
-    found = {"latents": 1, "accuracy": 0.5, "nats": 2.25, "forward_tokens": 77}
-    expected = {**found, "model": recipe._asdict(), "samples": 32, "step": 20, "device": "cpu"}
-    with patch("evaluate", return_value=found) as evaluate:
+    expected = {**FOUND, "model": recipe._asdict(), "samples": 32, "step": 20, "device": "cpu"}
+    with patch("evaluate", return_value=FOUND) as evaluate:
         run(line, tmp_path)
     for call, record in zip(evaluate.call_args_list, records(tmp_path), strict=True):
         assert call.args[1] == recipe
@@ -771,12 +773,18 @@ def test_an_experiment_records_every_evaluation(tmp_path):
         assert record.items() >= expected.items()
 
 
+def test_size_and_steps_are_those_of_the_task(tmp_path):
+    with patch("experiment") as called:
+        run("train_ar --task zebra", tmp_path, flags="")
+    *_, args = called.call_args.args
+    assert (args.size, args.steps) == ("3x3", 4600)
+
+
 def test_what_is_measured():
     puzzles, told = PUZZLE.batch(32, default_rng(0), "test"), []
 
     def solve(model, system, tokens, prompt_len, generator, teacher_forcing=False, **how):
         assert prompt_len == 8
-        assert (tokens.numpy() == puzzles).all()
         told.append((generator.initial_seed(), how))
         filled = tokens.clone()
         filled[::4] = 0
@@ -791,8 +799,7 @@ def test_what_is_measured():
 
 
 def test_all_models_and_seeds_are_measured_on_the_same_puzzles(tmp_path):
-    found = {"latents": 1, "accuracy": 0.5, "nats": 2.25, "forward_tokens": 77}
-    with patch("evaluate", return_value=found) as evaluate:
+    with patch("evaluate", return_value=FOUND) as evaluate:
         for line in ("train_ar --systems ar mtp", "train_diffusion --seeds 1 2"):
             run(line, tmp_path)
     puzzles = {str(call.args[3].tolist()) for call in evaluate.call_args_list}
