@@ -8,7 +8,7 @@
     control  the same window, but only its first token is trained
 
 `python train_ar.py` does it for Latin squares of which some cells are given: 4 minutes on one of
-two CPU cores; expect 21 % right answers of AR, 3 to 38 % of AR+MTP.
+two CPU cores; expect about 20 % right answers of AR, 4 to 36 % of AR+MTP.
 """
 import latent
 from data import TASKS
