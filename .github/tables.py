@@ -131,14 +131,14 @@ def orders(records):
     for (system,), of_system in grouped(records, "system").items():
         for latents in 0, "all":
             row = [TITLES[system], latents]
-            group = [r for r in of_system if (r["n_latent"] > 0) == (latents == "all")]
-            if not group:
-                continue
             for how in hows:
-                found = [100 * r["accuracy"] for r in group
-                         if (r["policy"], r["candidates"]) == how]
-                row.append(with_error(found, group[0]["samples"]) if found else "")
-            rows.append(row)
+                group = [r for r in of_system if (r["policy"], r["candidates"]) == how]
+                k = max((r["n_latent"] for r in group), default=0) if latents else 0
+                found = [100 * r["accuracy"] for r in group if r["n_latent"] == k]
+                right = found and bool(k) == bool(latents)
+                row.append(with_error(found, group[0]["samples"]) if right else "")
+            if any(row[2:]):
+                rows.append(row)
     names = ["random" if policy == "random" else f"{policy} of {n}" for policy, n in hows]
     return table(["system", "latent tokens", *names], rows)
 
