@@ -8,13 +8,13 @@ nats of its answers when the decoded token sees k latent tokens of one kind alon
     python .github/latents.py half         the same, with as many terms in the loss as the next
     python .github/latents.py none         no latent tokens in training, with as many terms
     python .github/latents.py unpredicted  marked latent tokens, without a loss
-    python .github/latents.py registers    without a loss, behind the answer: they stand for no cell
+    python .github/latents.py registers    the same, behind the answer: they stand for no cell
 
 Paddings stand behind the answer, as many as it has tokens, masked and trained like it. Marked
 latent tokens have an input of their own instead of the mask: in training a random number of masked
 tokens are latent, in a chain; the others see all of these and nothing else that is masked. Of the
-registers a random number is there, from the first on; all unknown cells are decoded, so the loss
-has about twice the terms of `unpredicted`.
+registers a random number is there, from the first on. All but `predicted` have as many terms in
+the loss, a random part of those that there could be; `predicted` has about twice as many.
 
 For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind
 (or all that are left); known paddings are as many in proportion. Nats are summed over m. Puzzles
@@ -59,12 +59,13 @@ def marked_objective(task, arm, usual=latent.objective):
         _, turn, _, _ = usual(system, tokens[:, :T], prompt_len, mask, window, rng)     # all >= 0
         spread = (np.arange(B)[:, None] + rng.random()) * (T - prompt_len) / B
         cut = torch.from_numpy(prompt_len + spread.astype(np.int64))
-        most = torch.full_like(cut, task.paddings + 1) if arm == "registers" else T - cut
-        n_latent = (torch.from_numpy(rng.random((B, 1))) * most).long()
-        n_masked = T - cut
+        part, n_masked = torch.from_numpy(rng.random((B, 1))), T - cut
+        n_latent = (part * n_masked).long()
         share = (n_masked - n_latent).sum() / n_masked.sum()            # of masked ones that decode
         if arm == "none":
             n_latent = torch.zeros_like(n_latent)
+        if arm == "registers":
+            n_latent = (part * (task.paddings + 1)).long()
         first = cut + n_latent                                          # the turn of these
         if arm == "registers":
             chain = torch.arange(task.paddings).expand(B, -1)
@@ -75,9 +76,9 @@ def marked_objective(task, arm, usual=latent.objective):
         inputs = torch.where(is_latent, task.marked, inputs)
         turn = torch.where(turn >= first, first, turn)
         masked = turn >= cut
-        weight = masked if arm == "predicted" else masked & ~is_latent
-        if arm in ("half", "none"):
-            weight = masked & (torch.from_numpy(rng.random(turn.shape)) < share)
+        weight = masked if arm in ("predicted", "half") else masked & ~is_latent
+        if arm in ("half", "none", "registers"):
+            weight = weight & (torch.from_numpy(rng.random(turn.shape)) < share)
         return inputs, turn, masked, weight / weight.sum()
     return objective
 
