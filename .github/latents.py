@@ -5,16 +5,16 @@ nats of its answers when the decoded token sees k latent tokens of one kind alon
     python .github/latents.py constant     unknown cells, or paddings, always the same token
     python .github/latents.py random       the same, paddings are as many tokens as there are digits
     python .github/latents.py predicted    marked latent tokens, with a loss
-    python .github/latents.py half         the same, with as many terms in the loss as the next
-    python .github/latents.py none         no latent tokens in training, with as many terms
     python .github/latents.py unpredicted  marked latent tokens, without a loss
     python .github/latents.py registers    the same, behind the answer: they stand for no cell
+    python .github/latents.py half         with a loss, in all as many terms as `unpredicted`
+    python .github/latents.py none         no latent tokens in training, with as many terms
 
 Paddings stand behind the answer, as many as it has tokens, masked and trained like it. Marked
 latent tokens have an input of their own instead of the mask: in training a random number of masked
 tokens are latent, in a chain; the others see all of these and nothing else that is masked. Of the
-registers a random number is there, from the first on. All but `predicted` have as many terms in
-the loss, a random part of those that there could be; `predicted` has about twice as many.
+registers a random number is there, from the first on. `predicted` has about twice the terms of
+`unpredicted` in its loss; the others have, on average, as many as this, a random part of theirs.
 
 For m = 1 .. A unknown cells, in a random order, the next one is decoded behind k others of a kind
 (or all that are left); known paddings are as many in proportion. Nats are summed over m. Puzzles
