@@ -145,18 +145,21 @@ def orders(records):
 
 def kinds(records):
     """latents.py: nats without latent tokens, the change with k of one kind, nats with all."""
+    def level(found):
+        nats = [r["nats"] for r in found]
+        return with_error(nats) if nats[1:] else "".join(f"{x:.2f}" for x in nats)
+
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in sorted(grouped(records, "task", "kind").items()):
         at = {k: found for (k,), found in grouped(group, "k").items()}
         at["all"] = at[max(at)] if max(at) else []
-        row = [task, kind, f"{np.mean([r['nats'] for r in at[0]]):.2f}"]
+        row = [task, kind, level(at[0])]
         for k in numbers:
             found = at.get(k, [])
             row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
                 f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
-        row.append(f"{np.mean([r['nats'] for r in at['all']]):.2f}" if at["all"] else "")
-        rows.append([*row, len(at[0])])
+        rows.append([*row, level(at["all"]), len(at[0])])
     return table(["task and model", "latent tokens", "nats with none", *numbers,
                   "nats with all", "seeds"], rows)
 
