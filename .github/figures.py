@@ -78,6 +78,6 @@ for panel, label, arm, kind in [
     panels[panel].plot(*zip(*sorted(nats.items())), "o-", label=label)
 for panel, title in zip(panels, ["marked latent tokens", "which cells", "paddings"]):
     panel.set_xscale("symlog", base=2)
-    panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.9, 4.6))
+    panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.7, 5))
     panel.legend(loc="lower left", frameon=False)
 figure.savefig(HERE / "kinds.png", dpi=100)
