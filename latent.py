@@ -466,6 +466,7 @@ def evaluate(task, recipe, model, tokens, decoding):
 def experiment(task, recipe, decodings, path, args):
     """Train one model and evaluate it in every way of decoding: each is a line of NAME.jsonl, with
     all that says how it was made. The figure follows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     model = build(recipe, task).to(args.device)
     state = train(task, recipe, model, path, args.steps, args.resume)
 
@@ -606,7 +607,6 @@ def main(parser, tasks, models):
         for recipe, decodings in models(task, args, settings):
             path = folder / f"{recipe.name}.pt"
             if args.watch is None:
-                folder.mkdir(parents=True, exist_ok=True)
                 experiment(task, recipe, decodings, path, args)
             else:
                 watch(task, recipe, decodings, path, args.watch)
@@ -622,9 +622,11 @@ def draw(folder, recipe):
     from matplotlib.figure import Figure                    # nothing else needs it
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = [("random", "accuracy"), ("top-prob", "accuracy"), ("random", "nats")]
+    models = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        models[path.stem] = [json.loads(line) for line in path.open()]
     for panel, (order, y) in zip(figure.subplots(1, 3), panels):
-        for path in sorted(folder.glob("*.jsonl")):
-            records = [json.loads(line) for line in path.open()]
+        for name, records in models.items():
             model = Recipe(**records[0]["model"])
             if model[3:] != recipe[3:]:
                 continue
@@ -635,7 +637,7 @@ def draw(folder, recipe):
                       and r["decoding"].get("policy", order) == order}
             x = sorted(points)
             color = f"C{list(SYSTEMS).index(model.system)}"         # each system has its own
-            panel.plot(x, [points[k] for k in x], "o-", color=color, label=path.stem)
+            panel.plot(x, [points[k] for k in x], "o-", color=color, label=name)
 
         if y == "accuracy":
             panel.set_ylim(0, 1.02)

@@ -30,10 +30,10 @@ def models(task, args, settings):
     most = min(args.candidates or max(1, min(8, answer // 2)), answer)
     for seed in args.seeds:
         for system in args.systems:
+            sees = latent.SYSTEMS[system].sees
             decodings = []
             for policy in args.orders:
                 candidates = 1 if policy == "random" else most
-                sees = latent.SYSTEMS[system].sees
                 if sees == "joint":
                     latents = [answer - 1]
                 elif sees == "independent":

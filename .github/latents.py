@@ -143,8 +143,8 @@ answer, steps = task.seq_len - task.prompt_len, args.steps or task.steps
 name, size = "-".join(filter(None, [args.task, args.arm])), task.default_size
 paddings = answer if args.arm in [*PADDINGS, "registers"] else 0
 if args.arm:
-    different = {"constant": 1, "random": task.side if args.arm == "random" else 0}
-    task = Padded(task, paddings, different.get(args.arm, 0))
+    different = task.side if args.arm == "random" else int(args.arm == "constant")
+    task = Padded(task, paddings, different)
 if args.arm in MARKED:
     latent.objective = marked_objective(task, args.arm)
 
@@ -176,7 +176,7 @@ for (kind, k), found in nats.items():
     less = nats[kind, 0] - found
     record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
               "nats": found.mean().item(), "less": less.mean().item(),
-              "less_error": (less.std() / 256**0.5).item(), "samples": 256,
+              "less_error": (less.std() / len(less) ** 0.5).item(), "samples": len(less),
               "step": state["step"], "minutes": state["minutes"]}
     with path.with_suffix(".jsonl").open("a") as file:
         print(json.dumps(record), file=file)
