@@ -560,9 +560,9 @@ def common_flags(description, tasks, order, default_systems):
         flag(f"--{name}", type=at_least(1), default=default, help=f"{text} [%(default)s]")
 
     flag("--lr", type=at_least(0, float), default=3e-3, help="highest learning rate [%(default)s]")
-    flag("--latents", nargs="+", type=at_least(0, words=["all"]),
-         default=[0, 1, 2, 4, 8, "all"], help="numbers of latent tokens to decode with "
-         "[0 1 2 4 8 all]; more than there are is all, some systems have but one")
+    flag("--latents", nargs="+", type=at_least(0, words=["all"]), default=[0, 2, 8, "all"],
+         help="numbers of latent tokens to decode with [0 2 8 all]; more than there are is all, "
+         "some systems have but one")
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flag("--device", default=str(device), help="cuda, mps or cpu [%(default)s]")
     flag("--out", help="folder for all output [out/TASK-SIZE]")

@@ -1,0 +1,115 @@
+"""From the left: must latent tokens be predicted where they are latent, or anywhere at all? Train
+AR+MTP with causal context and marked latent tokens, and decode with all of them (OUT/NAME.jsonl).
+
+    python .github/elsewhere.py next        the loss counts the next token
+    python .github/elsewhere.py latent      and one latent token
+    python .github/elsewhere.py elsewhere   and one further token, which is not a latent one
+    python .github/elsewhere.py apart       the same, but that token sees no latent tokens
+    python .github/elsewhere.py none        the same, there are no latent tokens at all
+
+Six cuts of a puzzle share one pass. What is known sees what is before it. For each cut there are a
+mask for the next token and one for a random one further on, and latent tokens, marked by an input
+of their own, for the rest. All of these see what is known and the latent tokens; nobody sees masks.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import latent  # noqa: E402
+from data import TASKS  # noqa: E402
+
+KNOWN, LATENT, DECODED = range(3)
+
+
+def visibility(arm, position, cut, kind):
+    """All (S,) -> who sees whom, (1, S, S). The cut of a known token is its position."""
+    earlier = (kind == KNOWN) & (position < cut[:, None])
+    same_window = (kind != KNOWN)[:, None] & (kind == LATENT) & (cut == cut[:, None])
+    if arm == "apart":
+        same_window &= ((kind == LATENT) | (position == cut))[:, None]
+    return (earlier | same_window | torch.eye(len(kind), dtype=torch.bool))[None]
+
+
+def objective(system, tokens, prompt_len, mask, window, rng):
+    T = tokens.shape[1]
+    cuts = rng.choice(np.arange(prompt_len, T), 6, replace=False)
+    parts = [(torch.arange(T), torch.arange(T), KNOWN, False)]      # position, cut, kind, in loss
+    for cut in cuts:
+        behind = torch.arange(cut + 1, T)
+        further = behind == (rng.integers(cut + 1, T) if len(behind) else T)
+        if args.arm != "none":
+            parts.append((behind[~further], cut, LATENT, False))
+        parts.append((torch.tensor([cut]), cut, DECODED, True))
+        kind = LATENT if args.arm == "latent" else DECODED
+        parts.append((behind[further], cut, kind, args.arm != "next"))
+    position = torch.cat([part[0] for part in parts])
+    cut, kind, weight = (torch.cat([part[i] + torch.zeros_like(part[0]) for part in parts])
+                         for i in (1, 2, 3))
+    now.update(positions=position[None], visible=visibility(args.arm, position, cut, kind))
+
+    inputs = torch.where(kind == DECODED, mask, tokens[:, position])
+    inputs = torch.where(kind == LATENT, mask - 1, inputs)
+    return inputs, None, None, weight.expand(len(tokens), -1) / weight.sum() / len(tokens)
+
+
+def cross_entropy(model, system, tokens, inputs, turn, masked):
+    logits = model(inputs, **now)
+    return F.cross_entropy(logits.mT, tokens[:, now["positions"][0]], reduction="none")
+
+
+@torch.no_grad()
+def decode(model, tokens, prompt_len, n_latent, teacher_forcing=False):
+    """From the left. Returns answers and their nats, as latent.decode."""
+    nats, answers = 0, tokens.clone()
+    for n in range(prompt_len, tokens.shape[1]):
+        latents = torch.arange(n + 1, min(tokens.shape[1], n + 1 + n_latent))
+        position = torch.cat([torch.arange(n), latents, torch.tensor([n])])
+        kind = torch.tensor([KNOWN] * n + [LATENT] * len(latents) + [DECODED])
+        cut = torch.where(kind == KNOWN, position, n)
+        inputs = torch.where(kind == LATENT, model.mask - 1, answers[:, position])
+        inputs[:, -1] = model.mask
+        logits = model(inputs, position[None], visibility("next", position, cut, kind))[:, -1]
+        if not teacher_forcing:
+            answers[:, n] = torch.distributions.Categorical(logits=logits).sample()
+        nats += F.cross_entropy(logits, answers[:, n], reduction="none")
+    return answers, nats
+
+
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("arm", choices=["next", "latent", "elsewhere", "apart", "none"])
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--steps", type=int)
+parser.add_argument("--out", type=Path, default=Path("out/elsewhere"))
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+puzzle = TASKS["latin-puzzle"]()
+task = SimpleNamespace(batch=puzzle.batch, prompt_len=puzzle.prompt_len, seq_len=puzzle.seq_len,
+                       vocab_size=puzzle.vocab_size + 1)                # the last is the mark
+now = {}                                                    # positions and visible of this batch
+latent.objective, latent.cross_entropy = objective, cross_entropy
+recipe = latent.Recipe("mtp-causal", "all", args.seed, puzzle.name, puzzle.default_size, 64, 3e-3,
+                       3, 4, 64)
+args.out.mkdir(parents=True, exist_ok=True)
+path = args.out / f"{args.arm}-s{args.seed}.pt"
+model = latent.build(recipe, task)
+state = latent.train(task, recipe, model, path, args.steps or puzzle.steps, args.resume)
+tokens = torch.from_numpy(puzzle.batch(512, np.random.default_rng((0, 2**32)), "test"))
+torch.manual_seed(args.seed)
+how = [model, tokens, task.prompt_len, 0 if args.arm == "none" else puzzle.cells - 1]
+right = puzzle.correct(decode(*how)[0].numpy()).mean()
+record = {"experiment": "elsewhere", "model": recipe._asdict(), "kind": args.arm, "k": how[3],
+          "accuracy": right, "nats": decode(*how, teacher_forcing=True)[1].mean().item(),
+          "samples": len(tokens), "step": state["step"], "minutes": state["minutes"]}
+with path.with_suffix(".jsonl").open("a") as file:
+    print(json.dumps(record), file=file)
+print(path.stem, *(f"{record[x]:.3f}" for x in ("accuracy", "nats")))
