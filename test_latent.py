@@ -773,11 +773,11 @@ def test_an_experiment_records_every_evaluation(tmp_path):
         assert record.items() >= expected.items()
 
 
-def test_size_and_steps_are_those_of_the_task(tmp_path):
+def test_size_steps_and_folder_are_those_of_the_task():
     with patch("experiment") as called:
-        run("train_ar --task zebra", tmp_path, flags="")
-    *_, args = called.call_args.args
-    assert (args.size, args.steps) == ("3x3", 4600)
+        run("train_ar --task zebra", "", flags="")
+    *_, path, args = called.call_args.args
+    assert f"{path.parent} {args.steps}" == "out/zebra-3x3 4600"
 
 
 def test_what_is_measured():

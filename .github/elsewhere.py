@@ -1,15 +1,19 @@
-"""From the left: must latent tokens be predicted where they are latent, or anywhere at all? Train
-AR+MTP with causal context and marked latent tokens, and decode with all of them (OUT/NAME.jsonl).
+"""From the left: must a latent token be in the loss, or is it enough that its place is predicted
+elsewhere? Train AR+MTP with causal context and marked latent tokens, decode with all of them, and
+say how well they predict their own cells (OUT/NAME.jsonl).
 
     python .github/elsewhere.py next        the loss counts the next token
     python .github/elsewhere.py latent      and one latent token
-    python .github/elsewhere.py elsewhere   and one further token, which is not a latent one
-    python .github/elsewhere.py apart       the same, but that token sees no latent tokens
-    python .github/elsewhere.py none        the same, there are no latent tokens at all
+    python .github/elsewhere.py elsewhere   and one further place, where no latent token stands
+    python .github/elsewhere.py near        as elsewhere, always the place behind the next token
+    python .github/elsewhere.py apart       as elsewhere, but it sees no latent tokens
+    python .github/elsewhere.py none        as elsewhere, without any latent tokens
 
-Six cuts of a puzzle share one pass. What is known sees what is before it. For each cut there are a
-mask for the next token and one for a random one further on, and latent tokens, marked by an input
-of their own, for the rest. All of these see what is known and the latent tokens; nobody sees masks.
+Six cuts of a puzzle share one pass, in which known tokens see those before them. For each cut there
+are a mask for the next token, one for a further place (drawn anew each time, so that it is latent
+at other times), and latent tokens, marked by an input of their own, for the rest. All of these see
+what is known before their cut, and its latent tokens; nobody sees masks. With `latent` there is no
+second mask: the latent token of the further place is in the loss. With `next` it is not counted.
 """
 import argparse
 import json
@@ -29,7 +33,8 @@ KNOWN, LATENT, DECODED = range(3)
 
 
 def visibility(arm, position, cut, kind):
-    """All (S,) -> who sees whom, (1, S, S). The cut of a known token is its position."""
+    """All (S,) -> who sees whom, (1, S, S). The cut of a known token is its position, so that it
+    sees what is before it."""
     earlier = (kind == KNOWN) & (position < cut[:, None])
     same_window = (kind != KNOWN)[:, None] & (kind == LATENT) & (cut == cut[:, None])
     if arm == "apart":
@@ -44,6 +49,8 @@ def objective(system, tokens, prompt_len, mask, window, rng):
     for cut in cuts:
         behind = torch.arange(cut + 1, T)
         further = behind == (rng.integers(cut + 1, T) if len(behind) else T)
+        if args.arm == "near":
+            further = behind == cut + 1
         if args.arm != "none":
             parts.append((behind[~further], cut, LATENT, False))
         parts.append((torch.tensor([cut]), cut, DECODED, True))
@@ -66,8 +73,9 @@ def cross_entropy(model, system, tokens, inputs, turn, masked):
 
 @torch.no_grad()
 def decode(model, tokens, prompt_len, n_latent, teacher_forcing=False):
-    """From the left. Returns answers and their nats, as latent.decode."""
-    nats, answers = 0, tokens.clone()
+    """From the left. Returns answers, their nats (B,), and the nats of the cell of each latent
+    token of each step, (B, any)."""
+    nats, of_latents, answers = 0, [], tokens.clone()
     for n in range(prompt_len, tokens.shape[1]):
         latents = torch.arange(n + 1, min(tokens.shape[1], n + 1 + n_latent))
         position = torch.cat([torch.arange(n), latents, torch.tensor([n])])
@@ -75,16 +83,17 @@ def decode(model, tokens, prompt_len, n_latent, teacher_forcing=False):
         cut = torch.where(kind == KNOWN, position, n)
         inputs = torch.where(kind == LATENT, model.mask - 1, answers[:, position])
         inputs[:, -1] = model.mask
-        logits = model(inputs, position[None], visibility("next", position, cut, kind))[:, -1]
+        logits = model(inputs, position[None], visibility("next", position, cut, kind))
+        of_latents.append(F.cross_entropy(logits[:, n:-1].mT, tokens[:, latents], reduction="none"))
         if not teacher_forcing:
-            answers[:, n] = torch.distributions.Categorical(logits=logits).sample()
-        nats += F.cross_entropy(logits, answers[:, n], reduction="none")
-    return answers, nats
+            answers[:, n] = torch.distributions.Categorical(logits=logits[:, -1]).sample()
+        nats += F.cross_entropy(logits[:, -1], answers[:, n], reduction="none")
+    return answers, nats, torch.cat(of_latents, dim=1)
 
 
 parser = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("arm", choices=["next", "latent", "elsewhere", "apart", "none"])
+parser.add_argument("arm", choices=["next", "latent", "elsewhere", "near", "apart", "none"])
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int)
 parser.add_argument("--out", type=Path, default=Path("out/elsewhere"))
@@ -107,9 +116,10 @@ tokens = torch.from_numpy(puzzle.batch(512, np.random.default_rng((0, 2**32)), "
 torch.manual_seed(args.seed)
 how = [model, tokens, task.prompt_len, 0 if args.arm == "none" else puzzle.cells - 1]
 right = puzzle.correct(decode(*how)[0].numpy()).mean()
+_, nats, of_latents = decode(*how, teacher_forcing=True)
 record = {"experiment": "elsewhere", "model": recipe._asdict(), "kind": args.arm, "k": how[3],
-          "accuracy": right, "nats": decode(*how, teacher_forcing=True)[1].mean().item(),
+          "accuracy": right, "nats": nats.mean().item(), "latent_nats": of_latents.mean().item(),
           "samples": len(tokens), "step": state["step"], "minutes": state["minutes"]}
 with path.with_suffix(".jsonl").open("a") as file:
     print(json.dumps(record), file=file)
-print(path.stem, *(f"{record[x]:.3f}" for x in ("accuracy", "nats")))
+print(path.stem, *(f"{record[x]:.3f}" for x in ("accuracy", "nats", "latent_nats")))

@@ -1,5 +1,5 @@
-"""Which masked tokens are worth something as latent tokens? Train SCDM (or MDM), and measure the
-nats of its answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
+"""Which masked tokens are worth something as latent tokens? Train SCDM, and measure the nats of its
+answers when the decoded token sees k latent tokens of one kind alone (OUT/NAME.jsonl).
 
     python .github/latents.py              unknown cells: of its row, column or box; or others
     python .github/latents.py constant     unknown cells, or paddings, always the same token
@@ -128,14 +128,11 @@ parser = argparse.ArgumentParser(description=__doc__,
 parser.add_argument("arm", nargs="?", choices=PADDINGS + MARKED)
 parser.add_argument("--task", default="latin-puzzle",
                     choices=["latin-puzzle", "latin", "sudoku", "zebra"])
-parser.add_argument("--system", default="scdm", choices=["scdm", "mdm"])
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int)
 parser.add_argument("--out", type=Path, default=Path("out/latents"))
 parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
-if args.system == "mdm" and args.arm in MARKED:
-    parser.error("--system mdm: marked latent tokens would not be a chain")
 torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 task = TASKS[args.task]()
@@ -158,19 +155,18 @@ if args.arm is None:
         near[np.ix_(unit, unit)] = True
     kinds |= {"neighbours": near, "others": ~near}
 if args.arm in PADDINGS:
-    kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding,
-             "both": everything}
+    kinds = {"cells": everything & ~is_padding, "paddings": everything & is_padding}
 if args.arm == "registers":
     kinds = {"any": everything & is_padding}
 
-recipe = latent.Recipe(args.system, None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
+recipe = latent.Recipe("scdm", None, args.seed, name, size, 64, 3e-3, 3, 4, 64)
 args.out.mkdir(parents=True, exist_ok=True)
 path = args.out / f"{name}-{recipe.name}.pt"
 model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, steps, args.resume)
 tokens = torch.from_numpy(task.batch(256, np.random.default_rng((0, 2**32)), "test"))
 numbers = [0] if args.arm == "none" else sorted({0, 1, 2, 4, 8, 16, answer + paddings})
-nats = measure(model, latent.SYSTEMS[args.system], task, tokens, kinds, numbers,
+nats = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
                task.marked if args.arm in MARKED else None)
 for (kind, k), found in nats.items():
     less = nats[kind, 0] - found

@@ -164,6 +164,16 @@ def kinds(records):
                   "nats with all", "seeds"], rows)
 
 
+def arms(records):
+    """elsewhere.py: what the loss counts, from the left with all latent tokens."""
+    rows = []
+    for arm in "none", "next", "latent", "apart", "elsewhere":
+        found = select(records, experiment="elsewhere", kind=arm)
+        right = with_error([100 * r["accuracy"] for r in found], found[0]["samples"])
+        rows.append([arm, right, with_error([r["nats"] for r in found]), len(found)])
+    return table(["the loss counts", "right, %", "nats", "seeds"], rows)
+
+
 def chains(records):
     """deadends.py: how many boards the 26th token loses, by what decides it."""
     names = ["column 4", "column 5", "column 6", "longer chain", "nothing"]
