@@ -85,13 +85,15 @@ def marked_objective(task, arm, usual=latent.objective):
 
 @torch.no_grad()
 def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
-    """Nats of the answers, (B,), for each kind and number of latent tokens. `kinds`: name -> (T, T)
-    bool, may this decoded place (first) have that latent one (last)?"""
+    """Nats of the answers, (B,), for each kind and number of latent tokens; and with the last number
+    those of each latent token's own cell, (B, any). `kinds`: name -> (T, T) bool, may this decoded
+    place (first) have that latent one (last)?"""
     B, T = tokens.shape
     p, paddings = task.prompt_len, getattr(task, "paddings", 0)
     cells = T - p - paddings
     rng = np.random.default_rng(seed)
     nats = {(kind, k): torch.zeros(B) for kind in kinds for k in numbers}
+    of_latents = []
     for m in range(1, cells + 1):
         order = p + torch.from_numpy(rng.random((B, cells)).argsort(1))
         padding = p + cells + torch.from_numpy(rng.random((B, paddings)).argsort(1))
@@ -114,10 +116,12 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
                 inputs = torch.where(masked, model.mask, tokens.gather(1, positions))
                 if marked is not None:
                     inputs[:, n:-1] = marked
-                logits = model(inputs, positions, latent.visibility(system, turn, masked))[:, -1]
-                target = tokens.gather(1, decoded)[:, 0]
-                nats[kind, k] += F.cross_entropy(logits, target, reduction="none")
-    return nats
+                logits = model(inputs, positions, latent.visibility(system, turn, masked))
+                found = F.cross_entropy(logits[:, n:].mT, tokens.gather(1, positions[:, n:]),
+                                        reduction="none")
+                nats[kind, k] += found[:, -1]
+            of_latents.append(found[:, :-1])
+    return nats, torch.cat(of_latents, dim=1)
 
 
 PADDINGS = ["constant", "random"]
@@ -166,14 +170,15 @@ model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, steps, args.resume)
 tokens = torch.from_numpy(task.batch(256, np.random.default_rng((0, 2**32)), "test"))
 numbers = [0] if args.arm == "none" else sorted({0, 1, 2, 4, 8, 16, answer + paddings})
-nats = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
-               task.marked if args.arm in MARKED else None)
+nats, of_latents = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
+                           task.marked if args.arm in MARKED else None)
 for (kind, k), found in nats.items():
     less = nats[kind, 0] - found
     record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
               "nats": found.mean().item(), "less": less.mean().item(),
               "less_error": (less.std() / len(less) ** 0.5).item(), "samples": len(less),
-              "step": state["step"], "minutes": state["minutes"]}
+              "latent_nats": of_latents.mean().item(), "step": state["step"],
+              "minutes": state["minutes"]}
     with path.with_suffix(".jsonl").open("a") as file:
         print(json.dumps(record), file=file)
     print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))

@@ -70,6 +70,11 @@ def with_error(values, samples=None):
     return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
+def level(nats):
+    """Of one seed without an error, which would be that of the puzzles."""
+    return with_error(nats) if nats[1:] else "".join(f"{x:.2f}" for x in nats)
+
+
 def title(record):
     window = f", window {record['window']}" if type(record["window"]) is int else ""
     variant = f", {record['variant']}" if record["variant"] else ""
@@ -145,21 +150,17 @@ def orders(records):
 
 def kinds(records):
     """latents.py: nats without latent tokens, the change with k of one kind, nats with all."""
-    def level(found):
-        nats = [r["nats"] for r in found]
-        return with_error(nats) if nats[1:] else "".join(f"{x:.2f}" for x in nats)
-
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in sorted(grouped(records, "task", "kind").items()):
         at = {k: found for (k,), found in grouped(group, "k").items()}
         at["all"] = at[max(at)] if max(at) else []
-        row = [task, kind, level(at[0])]
+        row = [task, kind, level([r["nats"] for r in at[0]])]
         for k in numbers:
             found = at.get(k, [])
             row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
                 f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
-        rows.append([*row, level(at["all"]), len(at[0])])
+        rows.append([*row, level([r["nats"] for r in at["all"]]), len(at[0])])
     return table(["task and model", "latent tokens", "nats with none", *numbers,
                   "nats with all", "seeds"], rows)
 
@@ -167,11 +168,13 @@ def kinds(records):
 def arms(records):
     """elsewhere.py: what the loss counts, from the left with all latent tokens."""
     rows = []
-    for arm in "none", "next", "latent", "apart", "elsewhere":
+    for arm in "none", "next", "near", "apart", "elsewhere", "latent":
         found = select(records, experiment="elsewhere", kind=arm)
         right = with_error([100 * r["accuracy"] for r in found], found[0]["samples"])
-        rows.append([arm, right, with_error([r["nats"] for r in found]), len(found)])
-    return table(["the loss counts", "right, %", "nats", "seeds"], rows)
+        of_latents = level([r["latent_nats"] for r in found if r["k"]])
+        rows.append([arm, right, level([r["nats"] for r in found]), of_latents, len(found)])
+    return table(["the loss counts", "right, %", "nats of an answer", "of a latent token's cell",
+                  "seeds"], rows)
 
 
 def chains(records):
