@@ -1,7 +1,8 @@
 """Draw two figures from .github/records.jsonl: `python .github/figures.py`.
 
 chain.png: a board whose next digit, `?`, a short chain decides, and how many such boards models
-lose (measured by deadends.py). kinds.png: what latent tokens of a kind are worth (latents.py).
+lose (measured by deadends.py). kinds.png: what latent tokens of a kind are worth (latents.py,
+elsewhere.py).
 """
 import sys
 from pathlib import Path
@@ -60,8 +61,8 @@ right.set(xlim=(-0.6, 5.6), ylim=(-2, 70), ylabel="boards lost with ?, %", xtick
 right.spines[["top", "right"]].set_visible(False)
 figure.savefig(HERE / "chain.png", dpi=100)
 
-figure = Figure(figsize=(11, 4.4), layout="constrained")
-panels = figure.subplots(1, 3, sharey=True)
+figure = Figure(figsize=(14, 4.4), layout="constrained")
+*panels, last = figure.subplots(1, 4, sharey=True)
 for panel, label, arm, kind in [
         (0, "cells, predicted", "-predicted", "any"),
         (0, "cells, predicted, half of the terms", "-half", "any"),
@@ -80,4 +81,8 @@ for panel, title in zip(panels, ["marked latent tokens", "which cells", "padding
     panel.set_xscale("symlog", base=2)
     panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.7, 5))
     panel.legend(loc="lower left", frameon=False)
+for arm in "none", "next", "near", "apart", "elsewhere", "latent":
+    nats = [r["nats"] for r in select(records, experiment="elsewhere", kind=arm)]
+    last.plot([arm] * len(nats), nats, "oC0")
+last.set(title="from the left", xlabel="what the loss counts beside the next token")
 figure.savefig(HERE / "kinds.png", dpi=100)
