@@ -61,7 +61,7 @@ right.set(xlim=(-0.6, 5.6), ylim=(-2, 70), ylabel="boards lost with ?, %", xtick
 right.spines[["top", "right"]].set_visible(False)
 figure.savefig(HERE / "chain.png", dpi=100)
 
-figure = Figure(figsize=(14, 4.4), layout="constrained")
+figure = Figure(figsize=(15, 4.6), layout="constrained")
 *panels, last = figure.subplots(1, 4, sharey=True)
 for panel, label, arm, kind in [
         (0, "cells, predicted", "-predicted", "any"),
@@ -80,9 +80,10 @@ for panel, label, arm, kind in [
 for panel, title in zip(panels, ["marked latent tokens", "which cells", "paddings"]):
     panel.set_xscale("symlog", base=2)
     panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.7, 5))
-    panel.legend(loc="lower left", frameon=False)
+    panel.legend(loc="lower left", frameon=False, fontsize=9)
 for arm in "none", "next", "near", "apart", "elsewhere", "latent":
     nats = [r["nats"] for r in select(records, experiment="elsewhere", kind=arm)]
     last.plot([arm] * len(nats), nats, "oC0")
 last.set(title="from the left", xlabel="what the loss counts beside the next token")
+last.tick_params(axis="x", rotation=30)
 figure.savefig(HERE / "kinds.png", dpi=100)
