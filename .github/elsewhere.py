@@ -1,6 +1,6 @@
 """From the left: must a latent token be in the loss, or is it enough that its place is predicted
 elsewhere? Train AR+MTP with causal context and marked latent tokens, decode with all of them, and
-say how well they predict their own cells (OUT/NAME.jsonl).
+say how well the first of them and those further on predict their own cells (OUT/NAME.jsonl).
 
     python .github/elsewhere.py next        the loss counts the next token
     python .github/elsewhere.py latent      and one latent token
@@ -33,8 +33,8 @@ KNOWN, LATENT, DECODED = range(3)
 
 
 def visibility(arm, position, cut, kind):
-    """All (S,) -> who sees whom, (1, S, S). The cut of a known token is its position, so that it
-    sees what is before it."""
+    """Position, cut, kind, each (S,) -> who sees whom, (1, S, S). The cut of a known token is its
+    position, so that it sees what is before it."""
     earlier = (kind == KNOWN) & (position < cut[:, None])
     same_window = (kind != KNOWN)[:, None] & (kind == LATENT) & (cut == cut[:, None])
     if arm == "apart":
@@ -57,24 +57,25 @@ def objective(system, tokens, prompt_len, mask, window, rng):
         kind = LATENT if args.arm == "latent" else DECODED
         parts.append((behind[further], cut, kind, args.arm != "next"))
     position = torch.cat([part[0] for part in parts])
-    cut, kind, weight = (torch.cat([part[i] + torch.zeros_like(part[0]) for part in parts])
-                         for i in (1, 2, 3))
-    now.update(positions=position[None], visible=visibility(args.arm, position, cut, kind))
-
+    cut, kind, weight = (
+        torch.cat([torch.as_tensor(part[i]).expand(len(part[0])) for part in parts])
+        for i in (1, 2, 3))
     inputs = torch.where(kind == DECODED, mask, tokens[:, position])
     inputs = torch.where(kind == LATENT, mask - 1, inputs)
-    return inputs, None, None, weight.expand(len(tokens), -1) / weight.sum() / len(tokens)
+    weight = weight.expand(len(tokens), -1)
+    visible = visibility(args.arm, position, cut, kind)
+    return inputs, position[None], visible, weight / weight.sum()
 
 
-def cross_entropy(model, system, tokens, inputs, turn, masked):
-    logits = model(inputs, **now)
-    return F.cross_entropy(logits.mT, tokens[:, now["positions"][0]], reduction="none")
+def cross_entropy(model, system, tokens, inputs, positions, visible):
+    logits = model(inputs, positions, visible)
+    return F.cross_entropy(logits.mT, tokens[:, positions[0]], reduction="none")
 
 
 @torch.no_grad()
 def decode(model, tokens, prompt_len, n_latent, teacher_forcing=False):
-    """From the left. Returns answers, their nats (B,), and the nats of the cell of each latent
-    token of each step, (B, any)."""
+    """From the left. Returns answers, their nats (B,), and for each step the nats of the cells of
+    its latent tokens, (B, latent tokens)."""
     nats, of_latents, answers = 0, [], tokens.clone()
     for n in range(prompt_len, tokens.shape[1]):
         latents = torch.arange(n + 1, min(tokens.shape[1], n + 1 + n_latent))
@@ -88,7 +89,7 @@ def decode(model, tokens, prompt_len, n_latent, teacher_forcing=False):
         if not teacher_forcing:
             answers[:, n] = torch.distributions.Categorical(logits=logits[:, -1]).sample()
         nats += F.cross_entropy(logits[:, -1], answers[:, n], reduction="none")
-    return answers, nats, torch.cat(of_latents, dim=1)
+    return answers, nats, of_latents
 
 
 parser = argparse.ArgumentParser(description=__doc__,
@@ -104,7 +105,6 @@ torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 puzzle = TASKS["latin-puzzle"]()
 task = SimpleNamespace(batch=puzzle.batch, prompt_len=puzzle.prompt_len, seq_len=puzzle.seq_len,
                        vocab_size=puzzle.vocab_size + 1)                # the last is the mark
-now = {}                                                    # positions and visible of this batch
 latent.objective, latent.cross_entropy = objective, cross_entropy
 recipe = latent.Recipe("mtp-causal", "all", args.seed, puzzle.name, puzzle.default_size, 64, 3e-3,
                        3, 4, 64)
@@ -114,12 +114,16 @@ model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, args.steps or puzzle.steps, args.resume)
 tokens = torch.from_numpy(puzzle.batch(512, np.random.default_rng((0, 2**32)), "test"))
 torch.manual_seed(args.seed)
-how = [model, tokens, task.prompt_len, 0 if args.arm == "none" else puzzle.cells - 1]
+n_latent = 0 if args.arm == "none" else puzzle.cells - 1
+how = [model, tokens, task.prompt_len, n_latent]
 right = puzzle.correct(decode(*how)[0].numpy()).mean()
 _, nats, of_latents = decode(*how, teacher_forcing=True)
-record = {"experiment": "elsewhere", "model": recipe._asdict(), "kind": args.arm, "k": how[3],
-          "accuracy": right, "nats": nats.mean().item(), "latent_nats": of_latents.mean().item(),
-          "samples": len(tokens), "step": state["step"], "minutes": state["minutes"]}
+record = {"experiment": "elsewhere", "model": recipe._asdict(), "kind": args.arm, "k": n_latent,
+          "accuracy": right, "nats": nats.mean().item(), "samples": len(tokens),
+          "step": state["step"], "minutes": state["minutes"]}
+if n_latent:
+    record["first_nats"] = torch.cat([x[:, :1] for x in of_latents], dim=1).mean().item()
+    record["further_nats"] = torch.cat([x[:, 1:] for x in of_latents], dim=1).mean().item()
 with path.with_suffix(".jsonl").open("a") as file:
     print(json.dumps(record), file=file)
-print(path.stem, *(f"{record[x]:.3f}" for x in ("accuracy", "nats", "latent_nats")))
+print(path.stem, *(f"{name} {x:.3f}" for name, x in record.items() if isinstance(x, float)))
