@@ -7,8 +7,8 @@
              after them, so that decoding can cache them
     control  the same window, but only its first token is trained
 
-`python train_ar.py` does it for Latin squares of which some cells are given: 4 minutes on one of
-two CPU cores; expect about 20 % right answers of AR, 4 to 36 % of AR+MTP.
+`python train_ar.py` does it for Latin squares of which some cells are given: 3 to 7 minutes on
+one of two CPU cores; expect about 20 % right answers of AR, 4 to 36 % of AR+MTP.
 """
 import latent
 from data import TASKS

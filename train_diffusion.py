@@ -5,9 +5,9 @@
     SCDM  semi-causal: one model, any number of latent tokens; scdm-causal is its variant in which
           known tokens, too, see only those known before them, so that decoding can cache them
 
-`python train_diffusion.py` does it for Latin squares of which some cells are given: 5 minutes on
-one of two CPU cores; expect, in random order, about 45 % right answers of MDM, 12 of SIDM, 7 to 23
-of SCDM, and more than 90 % of all in top-prob order.
+`python train_diffusion.py` does it for Latin squares of which some cells are given: 5 to 10
+minutes on one of two CPU cores; expect, in random order, about 45 % right answers of MDM, 12 of
+SIDM, 7 to 23 of SCDM, and more than 90 % of all in top-prob order.
 """
 import latent
 from data import TASKS

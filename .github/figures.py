@@ -72,8 +72,7 @@ for panel, label, arm, kind in [
         (1, "others", "", "others"), (1, "any cells", "", "any"),
         (1, "of the decoded cell's row or column", "", "neighbours"),
         (2, "paddings", "-constant", "paddings"), (2, "cells", "-constant", "cells")]:
-    found = select(records, experiment="latents", kind=kind, system="scdm",
-                   task=f"latin-puzzle{arm}")
+    found = select(records, experiment="latents", kind=kind, task=f"latin-puzzle{arm}")
     nats = {min(k, 25): np.mean([r["nats"] for r in group])
             for (k,), group in grouped(found, "k").items()}
     panels[panel].plot(*zip(*sorted(nats.items())), "o-", label=label)
@@ -84,6 +83,6 @@ for panel, title in zip(panels, ["marked latent tokens", "which cells", "padding
 for arm in "none", "next", "near", "apart", "elsewhere", "latent":
     nats = [r["nats"] for r in select(records, experiment="elsewhere", kind=arm)]
     last.plot([arm] * len(nats), nats, "oC0")
-last.set(title="from the left", xlabel="what the loss counts beside the next token")
+last.set(title="from the left", xlabel="model")
 last.tick_params(axis="x", rotation=30)
 figure.savefig(HERE / "kinds.png", dpi=100)

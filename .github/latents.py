@@ -85,9 +85,9 @@ def marked_objective(task, arm, usual=latent.objective):
 
 @torch.no_grad()
 def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
-    """Nats of the answers, (B,), for each kind and number of latent tokens; and with the last number
-    those of each latent token's own cell, (B, any). `kinds`: name -> (T, T) bool, may this decoded
-    place (first) have that latent one (last)?"""
+    """Nats of the answers, (B,), for each kind and number of latent tokens; and for the last of both
+    the nats of the cells of all latent tokens, (B, latent tokens of all steps). `kinds`: name ->
+    (T, T) bool, may this decoded place (first) have that latent one (last)?"""
     B, T = tokens.shape
     p, paddings = task.prompt_len, getattr(task, "paddings", 0)
     cells = T - p - paddings
@@ -120,7 +120,7 @@ def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
                 found = F.cross_entropy(logits[:, n:].mT, tokens.gather(1, positions[:, n:]),
                                         reduction="none")
                 nats[kind, k] += found[:, -1]
-            of_latents.append(found[:, :-1])
+        of_latents.append(found[:, :-1])
     return nats, torch.cat(of_latents, dim=1)
 
 
@@ -177,8 +177,9 @@ for (kind, k), found in nats.items():
     record = {"experiment": "latents", "model": recipe._asdict(), "kind": kind, "k": k,
               "nats": found.mean().item(), "less": less.mean().item(),
               "less_error": (less.std() / len(less) ** 0.5).item(), "samples": len(less),
-              "latent_nats": of_latents.mean().item(), "step": state["step"],
-              "minutes": state["minutes"]}
+              "step": state["step"], "minutes": state["minutes"]}
+    if args.arm in ("predicted", "half", "unpredicted") and k == numbers[-1]:
+        record["latent_nats"] = of_latents.mean().item()
     with path.with_suffix(".jsonl").open("a") as file:
         print(json.dumps(record), file=file)
     print(path.stem, kind, k, *(f"{record[x]:.2f}" for x in ("nats", "less", "less_error")))

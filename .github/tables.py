@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 from latent import Recipe  # noqa: E402
 
 TITLES = {"ar": "AR", "mtp": "AR+MTP", "mtp-causal": "AR+MTP causal", "control": "control",
-          "mdm": "MDM", "sidm": "SIDM", "scdm": "SCDM",
+          "control-causal": "control causal", "mdm": "MDM", "sidm": "SIDM", "scdm": "SCDM",
           "scdm-causal": "SCDM causal"}
 HOW = ["variant", "experiment", *Recipe._fields, "policy", "candidates", "n_latent", "samples",
        "step", "kind", "k", "chain"]
@@ -149,8 +149,7 @@ def orders(records):
 
 
 def kinds(records):
-    """latents.py: nats without latent tokens, the change with k of one kind, nats with all, and
-    where it was measured those of a latent token's own cell."""
+    """latents.py: nats without latent tokens, the change with k of one kind, nats with all."""
     numbers = [1, 2, 4, 8, 16, "all"]
     rows = []
     for (task, kind), group in sorted(grouped(records, "task", "kind").items()):
@@ -161,26 +160,22 @@ def kinds(records):
             found = at.get(k, [])
             row.append(with_error([-r["less"] for r in found]) if found[1:] else "".join(
                 f"{-r['less']:.2f} ± {r['less_error']:.2f}" for r in found))
-        of_latents = [r["latent_nats"] for r in at["all"] if "latent_nats" in r]
-        rows.append([*row, level([r["nats"] for r in at["all"]]), level(of_latents), len(at[0])])
-    head = ["task and model", "latent tokens", "nats with none", *numbers, "nats with all",
-            "of a latent token's cell", "seeds"]
-    if not any(row[-2] for row in rows):
-        for row in head, *rows:
-            del row[-2]
-    return table(head, rows)
+        rows.append([*row, level([r["nats"] for r in at["all"]]), len(at[0])])
+    return table(["task and model", "latent tokens", "nats with none", *numbers,
+                  "nats with all", "seeds"], rows)
 
 
 def arms(records):
-    """elsewhere.py: what the loss counts, from the left with all latent tokens."""
+    """elsewhere.py: nats of an answer, and of the cells of latent tokens."""
     rows = []
     for arm in "none", "next", "near", "apart", "elsewhere", "latent":
         found = select(records, experiment="elsewhere", kind=arm)
-        right = with_error([100 * r["accuracy"] for r in found], found[0]["samples"])
-        of_latents = level([r["latent_nats"] for r in found if r["k"]])
-        rows.append([arm, right, level([r["nats"] for r in found]), of_latents, len(found)])
-    return table(["the loss counts", "right, %", "nats of an answer", "of a latent token's cell",
-                  "seeds"], rows)
+        row = [arm, with_error([100 * r["accuracy"] for r in found], found[0]["samples"])]
+        for name in "nats", "first_nats", "further_nats":
+            row.append(level([r[name] for r in found if name in r]))
+        rows.append([*row, len(found)])
+    return table(["model", "right, %", "nats of an answer", "of the first latent token's cell",
+                  "of the others'", "seeds"], rows)
 
 
 def chains(records):
