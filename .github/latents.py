@@ -85,9 +85,9 @@ def marked_objective(task, arm, usual=latent.objective):
 
 @torch.no_grad()
 def measure(model, system, task, tokens, kinds, numbers, marked=None, seed=0):
-    """Nats of the answers, (B,), for each kind and number of latent tokens; and for the last of each
-    the nats of all latent tokens' own cells, (B, latent tokens). `kinds`: name -> (T, T) bool, may
-    this decoded place (first) have that latent one (last)?"""
+    """Nats of the answers, (B,), for each kind and number of latent tokens; for the last of each
+    also those of the latent tokens' own cells, (B, latent tokens). `kinds`: name -> (T, T) bool,
+    may this decoded place (first) have that latent one (last)?"""
     B, T = tokens.shape
     p, paddings = task.prompt_len, getattr(task, "paddings", 0)
     cells = T - p - paddings
