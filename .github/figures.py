@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from tables import grouped, load, select
+from tables import ARMS, grouped, load, select
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -80,7 +80,7 @@ for panel, title in zip(panels, ["marked latent tokens", "which cells", "padding
     panel.set_xscale("symlog", base=2)
     panel.set(title=title, xlabel="latent tokens of a kind", ylabel="nats", ylim=(0.7, 5))
     panel.legend(loc="lower left", frameon=False, fontsize=9)
-for arm in "none", "next", "near", "apart", "elsewhere", "latent":
+for arm in ARMS:
     nats = [r["nats"] for r in select(records, experiment="elsewhere", kind=arm)]
     last.plot([arm] * len(nats), nats, "oC0")
 last.set(title="from the left", xlabel="model")

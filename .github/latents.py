@@ -170,7 +170,7 @@ model = latent.build(recipe, task)
 state = latent.train(task, recipe, model, path, steps, args.resume)
 tokens = torch.from_numpy(task.batch(256, np.random.default_rng((0, 2**32)), "test"))
 numbers = [0] if args.arm == "none" else sorted({0, 1, 2, 4, 8, 16, answer + paddings})
-nats, of_latents = measure(model, latent.SYSTEMS["scdm"], task, tokens, kinds, numbers,
+nats, of_latents = measure(model, latent.SYSTEMS[recipe.system], task, tokens, kinds, numbers,
                            task.marked if args.arm in MARKED else None)
 for (kind, k), found in nats.items():
     less = nats[kind, 0] - found

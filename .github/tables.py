@@ -31,6 +31,7 @@ TASKS = {"5×5 puzzles": {"task": "latin-puzzle", "size": "5-list"},
          "6×6 boards": {"task": "sudoku", "size": "6"}}
 CLAIMS = [("C1: without joint prediction", "mdm", "sidm"), ("C2: no latent tokens to all", "scdm",
           "scdm"), ("C3: latent tokens for AR", "ar", "mtp"), ("C4: none to all", "mtp", "mtp")]
+ARMS = ["none", "next", "near", "apart", "elsewhere", "latent"]         # of elsewhere.py
 
 
 def load():
@@ -167,9 +168,9 @@ def kinds(records):
 
 def arms(records):
     """elsewhere.py: nats of an answer, and of the cells of latent tokens."""
-    rows = []
-    for arm in "none", "next", "near", "apart", "elsewhere", "latent":
-        found = select(records, experiment="elsewhere", kind=arm)
+    groups, rows = grouped(records, "kind"), []
+    for arm in ARMS:
+        found = groups[arm,]
         row = [arm, with_error([100 * r["accuracy"] for r in found], found[0]["samples"])]
         for name in "nats", "first_nats", "further_nats":
             row.append(level([r[name] for r in found if name in r]))
